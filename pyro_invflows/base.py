@@ -1,0 +1,555 @@
+"""The base class of every layer, and the two functions that evaluate any transform in one pass.
+
+A layer is a :class:`torch.distributions.Transform` **and** a :class:`torch.nn.Module`. Its author writes three
+hooks (:class:`Bijection`), or fewer with :class:`Elementwise` and :class:`VolumePreserving`; shapes, checks,
+copying and the memo that spares a second evaluation belong to the base class.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import TransformModule
+from torch import Tensor, nn
+from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
+from torch.distributions.transforms import _InverseTransform
+from torch.distributions.utils import _sum_rightmost
+
+__all__ = [
+    "Bijection",
+    "Elementwise",
+    "VolumePreserving",
+    "call_and_ladj",
+    "event_constraint",
+    "inv_and_ladj",
+]
+
+_FORWARD, _INVERSE = "forward", "inverse"
+
+
+class _Entry(NamedTuple):
+    """One remembered evaluation. Immutable: a thread sees a whole entry or none."""
+
+    x: Tensor
+    y: Tensor
+    aux: Any
+    direction: str
+    flags: tuple[Any, ...]
+    # Held as objects, not as ids: an id can be reused once its tensor is gone.
+    tensors: tuple[Tensor, ...]
+
+
+_REAL_EVENTS = {n: constraints.independent(constraints.real, n) for n in range(1, 5)}
+_REAL_EVENTS[0] = constraints.real
+_REAL_EVENTS[1] = constraints.real_vector
+
+
+def event_constraint(event_dim: int) -> constraints.Constraint:
+    """Return the constraint "all of R^n" for events with ``event_dim`` dimensions."""
+    return _REAL_EVENTS[event_dim]
+
+
+def negative_axis(dim: int, owner: str) -> int:
+    """Check a layer's ``dim``, which must count from the right."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{owner}: dim must be an int, but got {dim!r}.")
+    if not -4 <= dim <= -1:
+        raise ValueError(
+            f"{owner}: dim must be between -4 and -1, but got {dim}. It counts from the right and sets the "
+            "event: -1 for vectors, -3 for the channels of (C, H, W)."
+        )
+    return dim
+
+
+def positive_int(value: int, name: str, owner: str, minimum: int = 1) -> int:
+    """Check a structural size."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, but got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"{owner}: {name} must be at least {minimum}, but got {value}.")
+    return value
+
+
+class Bijection(TransformModule):
+    r"""An invertible layer: a torch ``Transform`` that is also an ``nn.Module``.
+
+    **Must define** (three hooks; ``aux`` is whatever makes the log-det cheap, or ``None``)::
+
+        def _forward_aux(self, x):  ...  # -> y, aux
+        def _inverse_aux(self, y):  ...  # -> x, aux      the same aux, evaluated at x
+        def _log_det(self, x, y, aux):  ...  # -> log|det dy/dx|
+
+    **May override**: ``domain``, ``codomain``, :meth:`_aux` (the aux when only x and y are known; default: the
+    forward's at x), :meth:`trace_event` where the event shape changes.
+
+    **Never override**: ``__call__``, ``forward``, ``_call``, ``_inverse``, ``_inv_call``,
+    ``log_abs_det_jacobian``, ``with_cache``, ``__getstate__``.
+
+    A layer's tensors are its ``parameters()`` and ``buffers()``, always: the memo, recomputation and ``.to()``
+    look nowhere else. Its mathematics broadcasts over leading batch dimensions of its own parameters, which is
+    what lets :class:`~pyro_invflows.Conditional` amortise it.
+
+    **The memo.** torch and Pyro ask for ``t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)`` in separate calls, and
+    variational inference scores the sample it just drew. The last evaluation is therefore remembered and may
+    answer the opposite direction once, for the very same tensor object, while no parameter, buffer, mode or
+    tensor version has changed; the log-det uses it up. No value depends on whether it was warm. What does
+    depend on it is what autograd can see: ``t.inv(y)`` of a ``y`` that this layer just produced returns the very
+    ``x`` it came from, whose graph does not pass through ``y`` (as with torch's own cache); differentiate with
+    respect to a detached ``y``, or use ``cache_size=0``. ``clear_cache()`` forgets it. Its one known hole: an
+    edit of a parameter's ``.data`` between sampling and scoring the same tensor object cannot be seen.
+
+    Args:
+        input_dim: Event size along ``dim``; ``None`` accepts any size.
+        dim: The (negative) axis that the layer acts along; it sets the event dimension.
+        cache_size: 1 remembers the last evaluation, 0 nothing.
+    """
+
+    bijective = True
+    #: Whether the log-det is exact and repeatable (estimators and bounds say False).
+    exact = True
+    #: Event size along ``dim`` that is required of the input; None where any size will do.
+    input_dim: int | None = None
+    dim: int = -1
+
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
+
+    def __init__(self, input_dim: int | None = None, *, dim: int = -1, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        owner = type(self).__name__
+        if input_dim is not None:
+            self.input_dim = positive_int(input_dim, "input_dim", owner)
+        self.dim = negative_axis(dim, owner)
+        if dim != -1:
+            self.domain = self.codomain = event_constraint(-dim)
+        self._batch_shape = torch.Size()
+        self._memo: _Entry | None = None
+        self._kept_modules: tuple[nn.Module, ...] | None = None
+
+    # ------------------------------------------------------------------ must define
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
+        raise NotImplementedError(f"{type(self).__name__} must define _forward_aux(x) -> y, aux.")
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
+        raise NotImplementedError(f"{type(self).__name__} must define _inverse_aux(y) -> x, aux.")
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _log_det(x, y, aux).")
+
+    # ------------------------------------------------------------------ may override
+
+    def _aux(self, x: Tensor, y: Tensor) -> Any:
+        """Return the aux when only ``x`` and ``y`` are known."""
+        return self._evaluate(x)[1]
+
+    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
+        """Follow known event sizes ``{negative axis: size}`` through the layer.
+
+        Raises:
+            ValueError: if a known size is not the one that the layer needs.
+        """
+        sizes = dict(sizes)
+        if self.input_dim is not None:
+            known = sizes.setdefault(self.dim, self.input_dim)
+            if known != self.input_dim:
+                raise ValueError(
+                    f"{type(self).__name__} works on events with {self.input_dim} elements along dim {self.dim}, "
+                    f"but got {known}."
+                )
+        return sizes
+
+    # ------------------------------------------------------------------ shapes and checks
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Batch shape of the layer's own parameters: ``()``, or that of the context it was conditioned on."""
+        return self._batch_shape
+
+    def _event_shape(self, shape: torch.Size, event_dim: int, inverse: bool) -> tuple[int, ...]:
+        """Check the event part of ``shape`` and return the event shape on the other side."""
+        if len(shape) < event_dim:
+            raise ValueError(
+                f"{type(self).__name__} works on events with {event_dim} dimension(s), but got the shape "
+                f"{tuple(shape)}."
+            )
+        if not event_dim:
+            return ()
+        sizes = self.trace_event({i - event_dim: n for i, n in enumerate(shape[-event_dim:])}, inverse)
+        other = (self.domain if inverse else self.codomain).event_dim
+        return tuple(sizes[i] for i in range(-other, 0))
+
+    def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        event_dim = (self.codomain if inverse else self.domain).event_dim
+        event = self._event_shape(shape, event_dim, inverse)
+        batch = torch.broadcast_shapes(shape[: len(shape) - event_dim], self.batch_shape)
+        return torch.Size(batch + event)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """Return the shape of ``self(x)`` for x of ``shape``; raises ``ValueError`` on a wrong event size."""
+        return self._shape(shape, inverse=False)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """Return the shape of ``self.inv(y)`` for y of ``shape``; raises ``ValueError`` on a wrong event size."""
+        return self._shape(shape, inverse=True)
+
+    def _log_det_shape(self, x: Tensor) -> torch.Size:
+        """Return the broadcast of the batch shapes of the input and of the parameters."""
+        batch = x.shape[: x.dim() - self.domain.event_dim]
+        return torch.broadcast_shapes(batch, self.batch_shape) if self.batch_shape else batch
+
+    def _check(self, value: Tensor, inverse: bool) -> None:
+        """Refuse, at almost no cost, a value that cannot be an event of this layer."""
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__} needs a floating point tensor, but got {value.dtype}. Convert it first, "
+                "for example with x.float()."
+            )
+        for own in (self._parameters, self._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and tensor.dtype != value.dtype and tensor.is_floating_point():
+                    self._refuse_dtype(value, name, tensor)
+        event_dim = (self.codomain if inverse else self.domain).event_dim
+        if event_dim and (
+            value.dim() < event_dim or (self.input_dim is not None and value.shape[self.dim] != self.input_dim)
+        ):
+            self._event_shape(value.shape, event_dim, inverse)
+
+    def _refuse_dtype(self, value: Tensor, name: str, tensor: Tensor) -> None:
+        if torch._C._is_any_autocast_enabled():
+            return
+        raise TypeError(
+            f"{type(self).__name__}: input and parameters must have the same dtype, but the input is "
+            f"{value.dtype} and '{name}' is {tensor.dtype}. Convert the layer with .to({value.dtype}) or the input "
+            f"with .to({tensor.dtype})."
+        )
+
+    def _run(self, hook: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Any]:
+        """Check ``value`` and run a hook; a dtype clash inside a sub-network is named, not left to a matmul."""
+        self._check(value, inverse)
+        if torch.compiler.is_compiling():
+            return hook(value)
+        try:
+            return hook(value)
+        except RuntimeError as error:
+            if not isinstance(error, NotImplementedError):
+                for name, tensor in self.named_parameters():
+                    if tensor.dtype != value.dtype and tensor.is_floating_point():
+                        try:
+                            self._refuse_dtype(value, name, tensor)
+                        except TypeError as clearer:
+                            raise clearer from error
+            raise
+
+    def _evaluate(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return y and aux, checked, without looking at the memo."""
+        return self._run(self._forward_aux, x, inverse=False)
+
+    def _evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Any]:
+        """Return x and aux, checked, without looking at the memo."""
+        return self._run(self._inverse_aux, y, inverse=True)
+
+    # ------------------------------------------------------------------ never override
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Transform.__call__ precedes nn.Module's in the method resolution order and would skip forward hooks.
+        return super(Transform, self).__call__(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        entry = self._memo
+        if entry is not None and entry.direction == _INVERSE and entry.x is x and self._is_fresh(entry):
+            return entry.y
+        y, aux = self._evaluate(x)
+        self._remember(x, y, aux, _FORWARD)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        entry = self._memo
+        if entry is not None and entry.direction == _FORWARD and entry.y is y and self._is_fresh(entry):
+            return entry.x
+        x, aux = self._evaluate_inverse(y)
+        self._remember(x, y, aux, _INVERSE)
+        return x
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._evaluate(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._evaluate_inverse(y)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``log|det dy/dx|``, of the broadcast of the batch shapes of the input and the parameters."""
+        entry = self._memo
+        if entry is not None and entry.x is x and entry.y is y and self._is_fresh(entry):
+            self._memo = None
+            return self._log_det(x, y, entry.aux)
+        return self._log_det(x, y, self._aux(x, y))
+
+    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, aux = self._take(x, _INVERSE) or self._evaluate(x)
+        return y, self._log_det(x, y, aux)
+
+    def _inv_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, aux = self._take(y, _FORWARD) or self._evaluate_inverse(y)
+        return x, -self._log_det(x, y, aux)
+
+    # ------------------------------------------------------------------ the memo
+
+    def _take(self, value: Tensor, direction: str) -> tuple[Tensor, Any] | None:
+        """Use up the entry that the other direction left for ``value``, if there is one."""
+        if torch.compiler.is_compiling():
+            return None
+        entry = self._memo
+        if entry is None or entry.direction != direction:
+            return None
+        asked, answer = (entry.y, entry.x) if direction == _FORWARD else (entry.x, entry.y)
+        if asked is not value or not self._is_fresh(entry):
+            return None
+        self._memo = None
+        return answer, entry.aux
+
+    def _remember(self, x: Tensor, y: Tensor, aux: Any, direction: str) -> None:
+        if torch.compiler.is_compiling():  # asked first, before a tensor or an attribute is touched
+            return
+        if self._cache_size == 0 or torch._C._are_functorch_transforms_active():
+            return
+        stamp = self._stamp(x, y)
+        self._memo = None if stamp is None else _Entry(x, y, aux, direction, *stamp)
+
+    def _is_fresh(self, entry: _Entry) -> bool:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        stamp = self._stamp(entry.x, entry.y)
+        if (
+            stamp is not None
+            and stamp[0] == entry.flags
+            and len(stamp[1]) == len(entry.tensors)
+            and all(map(operator.is_, stamp[1], entry.tensors))
+        ):
+            return True
+        self._memo = self._kept_modules = None
+        return False
+
+    def _stamp(self, x: Tensor, y: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, ...]] | None:
+        """Return everything an evaluation depends on besides its input, or None where it cannot be known."""
+        kept = self._kept_modules
+        if kept is None:
+            # Walking parameters() costs several times more than reading a kept list of dicts.
+            kept = tuple(self.modules())
+            if any(getattr(module, "_pyro_samples", None) for module in kept):
+                return None  # a Bayesian module draws its parameters anew
+            self._kept_modules = kept
+        tensors: list[Any] = []
+        for module in kept:
+            attributes = module.__dict__
+            tensors += attributes["_parameters"].values()
+            tensors += attributes["_buffers"].values()
+            if attributes["_modules"]:
+                tensors += attributes["_modules"].values()
+        flags = [torch.is_grad_enabled(), self.training, torch._C._is_any_autocast_enabled()]
+        try:
+            flags += [x._version, y._version]
+            flags += [item._version for item in tensors if isinstance(item, Tensor)]
+        except RuntimeError:  # inference tensors have no version
+            return None
+        return tuple(flags), tuple(tensors)
+
+    def clear_cache(self) -> None:
+        """Forget the last evaluation."""
+        self._memo = None
+        self._kept_modules = None
+
+    def with_cache(self, cache_size: int = 1) -> Bijection:
+        """Return a shallow copy with the given cache size; parameters and modules are shared."""
+        if cache_size not in (0, 1):
+            raise ValueError(f"cache_size must be 0 or 1, but got {cache_size!r}.")
+        if cache_size == self._cache_size:
+            return self
+        new = copy.copy(self)
+        new._cache_size = cache_size
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_inv"] = state["_memo"] = state["_kept_modules"] = None
+        return state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bijection:
+        self.clear_cache()
+        return super()._apply(fn, recurse)
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    def extra_repr(self) -> str:
+        parts = [] if self.input_dim is None else [str(self.input_dim)]
+        if self.dim != -1:
+            parts.append(f"dim={self.dim}")
+        return ", ".join(parts)
+
+
+class Elementwise(Bijection):
+    """A layer that acts on each element alone: event dimension 0.
+
+    An author writes the function, its inverse and the log of its slope. Parameters have the ``shape`` given to
+    the constructor, which broadcasts against the input from the right.
+    """
+
+    domain = constraints.real
+    codomain = constraints.real
+    sign = +1  # the functions here are increasing
+
+    def __init__(self, shape: int | Iterable[int] = (), *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        try:
+            self.shape = torch.Size((shape,) if isinstance(shape, int) else tuple(shape))
+        except TypeError:
+            raise TypeError(f"{type(self).__name__}: shape must be a tuple of ints, but got {shape!r}.") from None
+        if any(n < 0 for n in self.shape):
+            raise ValueError(f"{type(self).__name__}: shape must be non-negative, but got {tuple(self.shape)}.")
+
+    def _function(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _inverse_function(y) -> x.")
+
+    def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _log_slope(x, y) -> log|dy/dx|.")
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
+        return self._function(x), None
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
+        return self._inverse_function(y), None
+
+    def _aux(self, x: Tensor, y: Tensor) -> None:
+        return None
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
+        return self._log_slope(x, y)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        # With no event dimension, the parameters' own shape is a batch shape too.
+        return self._batch_shape + self.shape
+
+    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
+        sizes = dict(sizes)
+        for axis in range(-len(self.shape), 0):
+            size = self.shape[axis]
+            if size == 1:
+                continue
+            known = sizes.setdefault(axis, size)
+            if known != size:
+                raise ValueError(
+                    f"{type(self).__name__} has parameters of shape {tuple(self.shape)}, which does not broadcast "
+                    f"with {known} elements along dim {axis}."
+                )
+        return sizes
+
+    def _check(self, value: Tensor, inverse: bool) -> None:
+        super()._check(value, inverse)
+        if self.shape and value.shape[-len(self.shape) :] != self.shape:
+            self._shape(value.shape, inverse)
+
+    def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        try:
+            return torch.Size(torch.broadcast_shapes(shape, self.batch_shape))
+        except RuntimeError:
+            raise ValueError(
+                f"{type(self).__name__} has parameters of shape {tuple(self.batch_shape)}, which does not broadcast "
+                f"with an input of shape {tuple(shape)}."
+            ) from None
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.shape)) if self.shape else ""
+
+
+class VolumePreserving(Bijection):
+    """A layer with |det dy/dx| = 1. An author writes ``_function`` and ``_inverse_function`` only."""
+
+    def _function(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _inverse_function(y) -> x.")
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
+        return self._function(x), None
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
+        return self._inverse_function(y), None
+
+    def _aux(self, x: Tensor, y: Tensor) -> None:
+        return None
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
+        return x.new_zeros(self._log_det_shape(x))
+
+
+def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Evaluate any transform and the log-det of its Jacobian together.
+
+    A layer of this library takes one pass; a foreign one is asked through its own methods, also inside
+    ``ComposeTransform``, ``IndependentTransform`` and ``.inv``.
+
+    Args:
+        transform: Any torch ``Transform``.
+        x: A point, or a batch of points, of its domain.
+
+    Returns:
+        ``(y, log|dy/dx|)``.
+    """
+    if isinstance(transform, Bijection):
+        return transform._call_and_ladj(x)
+    if isinstance(transform, _InverseTransform):
+        return inv_and_ladj(transform.inv, x)
+    if isinstance(transform, IndependentTransform):
+        y, ladj = call_and_ladj(transform.base_transform, x)
+        return y, _sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
+    if isinstance(transform, ComposeTransform):
+        return _compose_and_ladj(transform, x, inverse=False)
+    y = transform(x)
+    return y, transform.log_abs_det_jacobian(x, y)
+
+
+def inv_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert any transform and evaluate the log-det of the inverse's Jacobian together.
+
+    Args:
+        transform: Any torch ``Transform``.
+        y: A point, or a batch of points, of its codomain.
+
+    Returns:
+        ``(x, log|dx/dy|)``: the negative of the forward log-det at x.
+    """
+    if isinstance(transform, Bijection):
+        return transform._inv_and_ladj(y)
+    if isinstance(transform, _InverseTransform):
+        return call_and_ladj(transform.inv, y)
+    if isinstance(transform, IndependentTransform):
+        x, ladj = inv_and_ladj(transform.base_transform, y)
+        return x, _sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
+    if isinstance(transform, ComposeTransform):
+        return _compose_and_ladj(transform, y, inverse=True)
+    x = transform.inv(y)
+    return x, -transform.log_abs_det_jacobian(x, y)
+
+
+def _compose_and_ladj(compose: ComposeTransform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Walk a torch compose once, in either direction."""
+    step = inv_and_ladj if inverse else call_and_ladj
+    event_dim = (compose.codomain if inverse else compose.domain).event_dim
+    total: Tensor | None = None
+    for part in reversed(compose.parts) if inverse else compose.parts:
+        source, target = (part.codomain, part.domain) if inverse else (part.domain, part.codomain)
+        value, ladj = step(part, value)
+        ladj = _sum_rightmost(ladj, event_dim - source.event_dim)
+        total = ladj if total is None else total + ladj
+        event_dim += target.event_dim - source.event_dim
+    return value, torch.zeros_like(value) if total is None else total

@@ -1,0 +1,163 @@
+"""Amortised layers: one wrapper that lets a hypernetwork set any layer's parameters from a context."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from pyro.distributions import ConditionalTransformModule
+from torch import Tensor, nn
+
+from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.nn import dense_network
+
+__all__ = ["Conditional"]
+
+
+class Conditional(ConditionalTransformModule):
+    r"""Lets a hypernetwork shift a layer's own parameters according to a context.
+
+    .. math:: \theta(c) = \theta_0 + h(c).
+
+    ``condition(context)`` evaluates the network once, eagerly, and returns a copy of the template whose own
+    parameters are buffers with the context's batch dimensions in front. A sub-network of the template (that of a
+    coupling) is not amortised but takes the context as extra input, if it was built with ``context_dim``. Inside a
+    ``Chain`` every part takes what it can; parts without parameters, and foreign ones, stay as they are.
+
+    At the start :math:`h = 0`: the conditioned layer is the template, whatever the context. A conditioned layer
+    carries one graph: condition again for the next backward pass.
+
+    Args:
+        template: A layer of this library.
+        context_dim: Width of the context.
+        hidden_dims: Hidden widths of the hypernetwork.
+        activation: Constructor of its activation.
+
+    Shape:
+        Context ``(*B, context_dim)``; the conditioned layer has ``batch_shape`` B, which broadcasts with the batch of
+        its input.
+
+    Raises:
+        TypeError: if the template is not a layer of this library.
+        ValueError: if nothing in it can be conditioned, or it was built with another ``context_dim``; in ``condition``
+            for a context of another width.
+
+    Example:
+        >>> layer = Conditional(Orthogonal(3), 2)
+        >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        >>> d = dist.ConditionalTransformedDistribution(base, [layer]).condition(torch.randn(7, 2))
+        >>> d.sample((5,)).shape, d.log_prob(torch.randn(7, 3)).shape
+        (torch.Size([5, 7, 3]), torch.Size([7]))
+    """
+
+    def __init__(
+        self,
+        template: Bijection,
+        context_dim: int,
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        if not isinstance(template, Bijection):
+            raise TypeError(
+                f"Conditional needs a layer of this library as its template, but got {type(template).__name__}; a "
+                "foreign transform has no parameters that could be batched."
+            )
+        self.context_dim = positive_int(context_dim, "context_dim", "Conditional")
+        self.template = template
+        for layer in template.modules():
+            own = getattr(layer, "context_dim", 0)
+            if isinstance(layer, Bijection) and own not in (0, context_dim):
+                raise ValueError(
+                    f"Conditional: {type(layer).__name__} was built with context_dim={own}, but the context has "
+                    f"{context_dim}."
+                )
+        self._shapes = {name: parameter.shape for name, parameter in _own_parameters(template)}
+        takes_context = any(getattr(layer, "context_dim", 0) for layer in template.modules())
+        if not self._shapes and not takes_context:
+            raise ValueError(
+                f"{type(template).__name__} cannot be conditioned: it has no parameters of its own. Couplings take a "
+                "context when built with context_dim=...; use layers without parameters as they are."
+            )
+        total = sum(shape.numel() for shape in self._shapes.values())
+        self.hypernet = (
+            dense_network(context_dim, hidden_dims, total, activation=activation, zero_output=True)
+            if self._shapes
+            else None
+        )
+
+    def condition(self, context: Tensor) -> Bijection:
+        """Return the layer for a context ``(*B, context_dim)``.
+
+        Raises:
+            TypeError: if the context is not a floating point tensor.
+            ValueError: if its last dimension is not ``context_dim``.
+        """
+        if not isinstance(context, Tensor) or not context.is_floating_point():
+            kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
+            raise TypeError(f"Conditional needs a floating point tensor as its context, but got {kind}.")
+        if context.dim() < 1 or context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"Conditional needs a context of shape (*B, {self.context_dim}), but got {tuple(context.shape)}."
+            )
+        reference = next(self.parameters(), context)
+        if reference.dtype != context.dtype and not torch._C._is_any_autocast_enabled():
+            raise TypeError(
+                f"Conditional: context and parameters must have the same dtype, but got {context.dtype} and "
+                f"{reference.dtype}. Convert one of them."
+            )
+        values: dict[str, Tensor] = {}
+        if self.hypernet is not None:
+            sizes = [shape.numel() for shape in self._shapes.values()]
+            pieces = self.hypernet(context).split(sizes, dim=-1)
+            for (name, parameter), piece in zip(_own_parameters(self.template), pieces, strict=True):
+                values[name] = parameter + piece.reshape(context.shape[:-1] + parameter.shape)
+        return _rebind(self.template, values, context)
+
+    def forward(self, context: Tensor) -> Bijection:
+        """Return ``condition(context)``."""
+        return self.condition(context)
+
+    def clear_cache(self) -> None:
+        """Forget the template's last evaluation."""
+        self.template.clear_cache()
+
+
+def _layers(layer: Bijection, prefix: str = "") -> Iterator[tuple[str, Bijection]]:
+    """Walk a layer and the layers that it is made of, not their sub-networks."""
+    yield prefix, layer
+    for name, child in layer._modules.items():
+        if isinstance(child, Bijection):
+            yield from _layers(child, f"{prefix}{name}.")
+
+
+def _own_parameters(template: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
+    for prefix, layer in _layers(template):
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                yield prefix + name, parameter
+
+
+def _rebind(layer: Bijection, values: dict[str, Tensor], context: Tensor, prefix: str = "") -> Bijection:
+    """Return a shallow copy with ``values`` as buffers in place of its own parameters, here and in inner layers.
+
+    A copy, not ``functional_call``: that one swaps tensors on the shared template, which is not thread-safe.
+    """
+    new = copy.copy(layer)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[registry] = dict(layer.__dict__[registry])
+    new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
+    for name in layer._parameters:
+        if prefix + name in values:
+            del new._parameters[name]
+            new.register_buffer(name, values[prefix + name], persistent=False)
+    for name, child in layer._modules.items():
+        if isinstance(child, Bijection):
+            new._modules[name] = _rebind(child, values, context, f"{prefix}{name}.")
+    if getattr(layer, "context_dim", 0):
+        new._buffers["context"] = context
+    if getattr(layer, "context_dim", 0) or any(True for _ in layer._parameters if prefix + _ in values):
+        new._batch_shape = context.shape[:-1]
+    return new

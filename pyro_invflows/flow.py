@@ -1,0 +1,226 @@
+"""Flows: a base distribution and layers as one module, and a distribution that scores in one pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pyro.distributions import ConditionalDistribution, TransformedDistribution
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Transform, constraints, transform_to
+from torch.distributions.utils import _sum_rightmost
+
+from pyro_invflows.base import call_and_ladj, inv_and_ladj
+from pyro_invflows.compose import Chain
+
+__all__ = ["Flow", "FlowDistribution"]
+
+
+class FlowDistribution(TransformedDistribution):
+    """A ``TransformedDistribution`` that evaluates every layer once to score, and once to sample and score.
+
+    It gives the same numbers as ``TransformedDistribution`` and has its constructor.
+
+    Example:
+        >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        >>> d = FlowDistribution(base, [affine_coupling(3)])
+        >>> x, log_prob = d.rsample_with_log_prob((5,))
+        >>> torch.allclose(log_prob, d.log_prob(x.clone()), atol=1e-5)
+        True
+    """
+
+    # No __init__ and no state of its own: expand(), plates and to_event() rebuild the parent.
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        event_dim = len(self.event_shape)
+        total: Tensor | float = 0.0
+        for transform in reversed(self.transforms):
+            value, ladj = inv_and_ladj(transform, value)
+            total = total + _sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
+            event_dim += transform.domain.event_dim - transform.codomain.event_dim
+        return total + _sum_rightmost(self.base_dist.log_prob(value), event_dim - len(self.base_dist.event_shape))
+
+    def rsample_with_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer."""
+        value = self.base_dist.rsample(torch.Size(sample_shape))
+        total = self.base_dist.log_prob(value)
+        base_batch = len(self.base_dist.event_shape)
+        total = _sum_rightmost(total, self._base_event_dim() - base_batch)
+        event_dim = self._base_event_dim()
+        for transform in self.transforms:
+            value, ladj = call_and_ladj(transform, value)
+            total = total - _sum_rightmost(ladj, event_dim - transform.domain.event_dim)
+            event_dim += transform.codomain.event_dim - transform.domain.event_dim
+        return value, total
+
+    def _base_event_dim(self) -> int:
+        """Event dimensions of the whole, counted on the base's side."""
+        event_dim = len(self.event_shape)
+        for transform in reversed(self.transforms):
+            event_dim += transform.domain.event_dim - transform.codomain.event_dim
+        return event_dim
+
+
+class Flow(nn.Module, ConditionalDistribution):
+    """A base distribution and layers as one module.
+
+    ``flow()`` is the distribution, ``flow(context)`` (or ``flow.condition(context)``) the conditioned one. The
+    base's arguments become buffers, or parameters, so that ``.to()``, ``.parameters()``, ``state_dict()`` and
+    ``pyro.module`` act on the whole.
+
+    Args:
+        base: The base distribution. It is rebuilt at each call from its arguments (:attr:`arg_constraints`), also
+            inside ``Independent`` and mixtures.
+        transforms: Transforms and conditional transforms, the one next to the base first.
+        trainable_base: Make the base's arguments parameters, in unconstrained form.
+
+    Raises:
+        TypeError: if the base cannot be rebuilt from its arguments, or a part is no transform.
+        ValueError: if base and layers do not fit; if a context is given to a flow without conditional parts, or
+            missing in one with them.
+
+    Example:
+        >>> flow = Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [Orthogonal(3), affine_coupling(3)])
+        >>> flow().sample((5,)).shape, flow().log_prob(torch.randn(5, 3)).shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        base: Distribution,
+        transforms: Transform | ConditionalTransform | Iterable[Transform | ConditionalTransform],
+        *,
+        trainable_base: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(transforms, (Transform, ConditionalTransform)):
+            transforms = [transforms]
+        parts = list(transforms)
+        self.base = _Rebuilt(base, trainable_base)
+        self.is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
+        self.transforms: Chain | nn.ModuleList
+        if self.is_conditional:
+            self._parts = [part if isinstance(part, ConditionalTransform) else Chain([part]) for part in parts]
+            foreign = [part for part in self._parts if not isinstance(part, nn.Module)]
+            if foreign:
+                raise TypeError(f"Flow needs conditional transforms that are modules, but got {type(foreign[0])}.")
+            self.transforms = nn.ModuleList(self._parts)  # type: ignore[arg-type]
+            del self._parts
+        else:
+            self.transforms = parts[0] if len(parts) == 1 and isinstance(parts[0], Chain) else Chain(parts)
+            self()  # base and layers fit, or this says so
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """Return the distribution, conditioned where a context is given."""
+        if context is not None:
+            return self.condition(context)
+        if self.is_conditional:
+            raise ValueError("This Flow has conditional parts: call it with a context, flow(context).")
+        return FlowDistribution(self.base(), [self.transforms])
+
+    def condition(self, context: Tensor) -> FlowDistribution:
+        """Return the distribution for a context ``(*B, context_dim)``; its batch shape is B.
+
+        Raises:
+            ValueError: if no part takes a context.
+        """
+        if not self.is_conditional:
+            raise ValueError("This Flow has no conditional part, so it takes no context: call flow().")
+        chain = Chain(
+            [
+                part.condition(context) if isinstance(part, ConditionalTransform) else part
+                for part in self.transforms
+            ]
+        )
+        return FlowDistribution(self.base(), [chain])
+
+    def clear_cache(self) -> None:
+        """Forget the layers' last evaluations."""
+        for part in [self.transforms] if isinstance(self.transforms, Chain) else self.transforms:
+            if hasattr(part, "clear_cache"):
+                part.clear_cache()
+
+
+#: Arguments that say the same thing; the first that a distribution has is kept.
+_ALTERNATIVES = ({"scale_tril", "covariance_matrix", "precision_matrix"}, {"logits", "probs"}, {"rate", "scale"})
+
+
+class _Rebuilt(nn.Module):
+    """A distribution's class, and its arguments as buffers or parameters."""
+
+    def __init__(self, base: Distribution, trainable: bool) -> None:
+        super().__init__()
+        if not isinstance(base, Distribution):
+            raise TypeError(f"Flow needs a distribution as its base, but got {type(base).__name__}.")
+        self.kind = type(base)
+        self.constants: dict[str, Any] = {}
+        self.constraints: dict[str, constraints.Constraint] = {}
+        self.names: list[str] = []
+        try:
+            self._read(base, trainable)
+            rebuilt = self()
+            same = rebuilt.batch_shape == base.batch_shape and rebuilt.event_shape == base.event_shape
+        except Exception as error:
+            raise TypeError(self._refusal(base)) from error
+        if not same:
+            raise TypeError(self._refusal(base))
+
+    @staticmethod
+    def _refusal(base: Distribution) -> str:
+        return (
+            f"Flow cannot rebuild its base, a {type(base).__name__}, from its arguments. Use a distribution whose "
+            "constructor takes what its arg_constraints name (Normal, StudentT, Uniform, MultivariateNormal, ...), "
+            "made independent with .to_event(n), or use TransformedDistribution."
+        )
+
+    def _read(self, base: Distribution, trainable: bool) -> None:
+        if isinstance(base, Independent):
+            self.names = ["base_distribution", "reinterpreted_batch_ndims"]
+            self.base_distribution = _Rebuilt(base.base_dist, trainable)
+            self.constants["reinterpreted_batch_ndims"] = base.reinterpreted_batch_ndims
+            return
+        signature = inspect.signature(type(base).__init__).parameters
+        names = [name for name in signature if name not in ("self", "validate_args")]
+        for group in _ALTERNATIVES:
+            given = [name for name in names if name in group]
+            if len(given) > 1:
+                keep = next((n for n in ("scale_tril", "logits", *given) if n in given and n in base.__dict__), given[0])
+                names = [name for name in names if name not in given or name == keep]
+        for name in names:
+            value = getattr(base, name, getattr(base, f"_{name}", None))
+            if isinstance(value, Distribution):
+                self.add_module(name, _Rebuilt(value, trainable))
+            elif isinstance(value, Tensor):
+                self._register(name, value.detach().clone(), base.arg_constraints.get(name), trainable)
+            elif signature[name].default is inspect.Parameter.empty or value is not None:
+                self.constants[name] = value
+            else:
+                continue
+            self.names.append(name)
+
+    def _register(
+        self, name: str, value: Tensor, constraint: constraints.Constraint | None, trainable: bool
+    ) -> None:
+        if not trainable or constraint is None or not value.is_floating_point():
+            self.register_buffer(name, value)
+            return
+        self.constraints[name] = constraint
+        self.register_parameter(name, nn.Parameter(transform_to(constraint).inv(value).contiguous()))
+
+    def forward(self) -> Distribution:
+        arguments = {}
+        for name in self.names:
+            value = self.constants[name] if name in self.constants else getattr(self, name)
+            if name in self.constraints:
+                value = transform_to(self.constraints[name])(value)
+            arguments[name] = value() if isinstance(value, _Rebuilt) else value
+        return self.kind(**arguments)
+
+    def extra_repr(self) -> str:
+        return self.kind.__name__

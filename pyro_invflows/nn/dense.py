@@ -1,0 +1,90 @@
+"""Plain networks for couplings and hypernetworks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+__all__ = ["conv_network", "dense_network"]
+
+
+def dense_network(
+    in_features: int,
+    hidden_dims: Sequence[int],
+    out_features: int,
+    *,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    zero_output: bool = False,
+) -> nn.Sequential:
+    """Build a multi-layer perceptron.
+
+    Args:
+        in_features: Width of the input; 0 is allowed and makes the network a constant.
+        hidden_dims: Widths of the hidden layers.
+        out_features: Width of the output.
+        activation: Constructor of the activation between the layers.
+        zero_output: Start with an output that is exactly zero for every input.
+
+    Returns:
+        ``nn.Sequential`` of linear layers and activations, ``(*B, in_features) -> (*B, out_features)``.
+    """
+    sizes = [in_features, *hidden_dims, out_features]
+    layers: list[nn.Module] = []
+    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        if i:
+            layers.append(activation())
+        if n:
+            layers.append(nn.Linear(n, m))
+        else:  # nn.Linear warns and starts from uninitialised bounds on a zero-width input
+            linear = nn.utils.skip_init(nn.Linear, 0, m)
+            nn.init.uniform_(linear.bias, -1, 1)
+            layers.append(linear)
+    if zero_output:
+        _zero(layers[-1])
+    return nn.Sequential(*layers)
+
+
+def conv_network(
+    in_channels: int,
+    hidden_channels: Sequence[int],
+    out_channels: int,
+    *,
+    spatial_dims: int = 2,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    zero_output: bool = False,
+) -> nn.Sequential:
+    """Build a small convolutional network that keeps the resolution: 3-wide, 1-wide, ..., 3-wide kernels.
+
+    Args:
+        in_channels: Channels of the input.
+        hidden_channels: Channels of the hidden layers.
+        out_channels: Channels of the output.
+        spatial_dims: 1, 2 or 3.
+        activation: Constructor of the activation between the layers.
+        zero_output: Start with an output that is exactly zero for every input.
+
+    Returns:
+        ``nn.Sequential``, ``(N, in_channels, *spatial) -> (N, out_channels, *spatial)``.
+
+    Raises:
+        ValueError: if there is no convolution for ``spatial_dims``.
+    """
+    convolutions: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    if spatial_dims not in convolutions:
+        raise ValueError(f"conv_network: spatial_dims must be 1, 2 or 3, but got {spatial_dims!r}.")
+    sizes = [in_channels, *hidden_channels, out_channels]
+    layers: list[nn.Module] = []
+    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        if i:
+            layers.append(activation())
+        width = 3 if i in (0, len(sizes) - 2) else 1
+        layers.append(convolutions[spatial_dims](n, m, width, padding=width // 2))
+    if zero_output:
+        _zero(layers[-1])
+    return nn.Sequential(*layers)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -1,0 +1,415 @@
+r"""Linear layers whose inverse costs what the forward costs: shift, diagonal, orthogonal and SVD.
+
+Orthogonal factors are products of Householder reflections in compact WY form
+(:mod:`pyro_invflows.linalg.householder`), after Tomczak and Welling (2016) and Mhammedi et al. (2017). With
+``dim=-3`` the same layers act on the channels of every pixel: invertible 1 x 1 convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pyro_invflows import linalg
+from pyro_invflows.base import Bijection, VolumePreserving, positive_int
+
+__all__ = [
+    "Diagonal",
+    "Orthogonal",
+    "SVDLinear",
+    "Shift",
+    "diagonal",
+    "orthogonal",
+    "shift",
+    "svd_linear",
+]
+
+
+def _along(parameter: Tensor, dim: int) -> Tensor:
+    """Line a parameter ``(*B, D)`` up with axis ``dim`` of an input: ``(*B, D, 1, 1)`` for -3."""
+    return parameter if dim == -1 else parameter.reshape(parameter.shape + (1,) * (-dim - 1))
+
+
+def _sum_log_scale(layer: Bijection, log_scale: Tensor, x: Tensor) -> Tensor:
+    """Return the log-det of scaling by ``exp(log_scale)`` (*B, D) at every pixel."""
+    pixels = x.shape[x.dim() + layer.dim + 1 :].numel()
+    return (log_scale.sum(-1) * pixels).expand(layer._log_det_shape(x))
+
+
+class _Reflecting(Bijection):
+    """Shared by the layers with Householder factors; each holds ``num_reflections`` rows."""
+
+    input_dim: int
+    triangle: Tensor
+
+    def __init__(self, input_dim: int, *, num_reflections: int | None, dim: int, cache_size: int) -> None:
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        if num_reflections is None:
+            num_reflections = input_dim - input_dim % 2  # enough for every rotation, and it can start at the identity
+        self.num_reflections = positive_int(num_reflections, "num_reflections", type(self).__name__, minimum=0)
+        # a buffer, not rebuilt at each call: building it costs as much as a small product
+        self.register_buffer("triangle", linalg.triangle_mask(num_reflections, torch.empty(())), persistent=False)
+
+    def _new_vectors(self) -> nn.Parameter:
+        return nn.Parameter(torch.empty(self.num_reflections, self.input_dim))
+
+    def _matrix(self, images_of_rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the matrix of a linear map from the images of the unit vectors."""
+        return images_of_rows(torch.eye(self.input_dim, dtype=self.triangle.dtype, device=self.triangle.device)).mT
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, num_reflections={self.num_reflections}" + (
+            f", dim={self.dim}" if self.dim != -1 else ""
+        )
+
+    def _reflect(self, vectors: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
+        if self.dim == -1:
+            return linalg.householder_product(vectors, x, mask=self.triangle, transpose=transpose)
+        if vectors.dim() > 2:  # conditioned: the pixels stand between the batch and the channels
+            for _ in range(-self.dim - 1):
+                vectors = vectors.unsqueeze(-3)
+        x = x.movedim(self.dim, -1)
+        return linalg.householder_product(vectors, x, mask=self.triangle, transpose=transpose).movedim(-1, self.dim)
+
+
+class Shift(VolumePreserving):
+    r"""Adds a learned vector.
+
+    .. math:: y = x + b.
+
+    Invertible for every b. Choose it as the bias of layers that have none.
+
+    **Forward**, **Inverse**: O(D). **Log-det**: 0. **Identity**: the start, exactly (b = 0).
+
+    Args:
+        input_dim: D.
+        dim: Axis of the D elements.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+
+    Raises:
+        ValueError: if the event has another size.
+
+    Example:
+        >>> layer = Shift(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x)
+        True
+    """
+
+    def __init__(self, input_dim: int, *, dim: int = -1, cache_size: int = 1) -> None:
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        self.bias = nn.Parameter(torch.empty(input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set b = 0: the identity."""
+        nn.init.zeros_(self.bias)
+
+    def _function(self, x: Tensor) -> Tensor:
+        return x + _along(self.bias, self.dim)
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        return y - _along(self.bias, self.dim)
+
+
+class Diagonal(Bijection):
+    r"""Scales each element and adds a learned vector.
+
+    .. math:: y = s \odot x + b, \qquad s = \pm e^{\lambda}.
+
+    Invertible because the size of s is learned through its logarithm; its signs are fixed. Choose it to set
+    location and scale, for example first or last in a flow.
+
+    **Forward**, **Inverse**: O(D), no division. **Log-det**: :math:`\sum_i \lambda_i`, once a pixel.
+    **Identity**: the start, exactly (:math:`\lambda = 0, b = 0`).
+
+    Args:
+        input_dim: D.
+        bias: Whether b is learned.
+        dim: Axis of the D elements.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+
+    Raises:
+        ValueError: if the event has another size.
+
+    Example:
+        >>> layer = Diagonal(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x)
+        True
+    """
+
+    sign_of_scale: Tensor
+
+    def __init__(self, input_dim: int, *, bias: bool = True, dim: int = -1, cache_size: int = 1) -> None:
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        self.log_scale = nn.Parameter(torch.empty(input_dim))
+        self.bias = nn.Parameter(torch.empty(input_dim)) if bias else None
+        self.register_buffer("sign_of_scale", torch.ones(input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set s = 1 and b = 0: the identity."""
+        nn.init.zeros_(self.log_scale)
+        nn.init.ones_(self.sign_of_scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, *, bias: bool = True, dim: int = -1) -> Diagonal:
+        """Build the layer whose scale is the diagonal of ``matrix`` (D, D), negative entries included.
+
+        Raises:
+            ValueError: if the matrix is not diagonal or has a zero on its diagonal.
+        """
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"Diagonal.from_matrix needs a (D, D) matrix, but got the shape {tuple(matrix.shape)}.")
+        scale = matrix.detach().diagonal()
+        if not torch.equal(torch.diag(scale), matrix.detach()) or not scale.isfinite().all() or (scale == 0).any():
+            raise ValueError(
+                "Diagonal.from_matrix needs a finite diagonal matrix without zeros on its diagonal; "
+                "SVDLinear.from_matrix takes any invertible one."
+            )
+        layer = cls(len(scale), bias=bias, dim=dim).to(matrix)
+        with torch.no_grad():
+            layer.log_scale.copy_(scale.abs().log())
+            layer.sign_of_scale.copy_(scale.sign())
+        return layer
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * _along(self.sign_of_scale * self.log_scale.exp(), self.dim)
+        return (y if self.bias is None else y + _along(self.bias, self.dim)), self.log_scale
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        centred = y if self.bias is None else y - _along(self.bias, self.dim)
+        return centred * _along(self.sign_of_scale * (-self.log_scale).exp(), self.dim), self.log_scale
+
+    def _aux(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.log_scale
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
+        return _sum_log_scale(self, aux, x)
+
+
+class Orthogonal(_Reflecting, VolumePreserving):
+    r"""Rotates (and reflects) by a learned orthogonal matrix.
+
+    .. math:: y = H_1 H_2 \cdots H_k x + b, \qquad H_i = I - 2 u_i u_i^T / |u_i|^2.
+
+    Invertible because a product of reflections is orthogonal, whatever the u_i; a zero u_i counts as the identity.
+    Choose it to mix elements between couplings without changing volume.
+
+    **Forward**, **Inverse**: compact WY, O(k D) a point after O(k D min(k, 128)) once; derivatives of every order
+    where no u_i is zero (a zero row stays zero under gradient descent). **Log-det**: 0. **Identity**: the start, to
+    rounding: random rows in equal pairs, drawn from torch's generator (for odd k one zero row).
+
+    Args:
+        input_dim: D.
+        num_reflections: k. The determinant is (-1)^k while no row is zero. The default, D or D - 1, whichever is
+            even, reaches every rotation.
+        bias: Whether b is learned.
+        dim: Axis of the D elements; ``dim=-3`` is an orthogonal 1 x 1 convolution.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+
+    Raises:
+        ValueError: if the event has another size.
+
+    Differs from Pyro's ``Householder``: one triangular solve instead of a loop over reflections, any batch, images.
+
+    References:
+        Tomczak and Welling (2016), *Improving variational auto-encoders using Householder flow*, Eq. 7;
+        Mhammedi et al. (2017), *Efficient orthogonal parametrisation of recurrent neural networks using Householder
+        reflections*; Bischof and Van Loan (1987) for the WY form.
+
+    Example:
+        >>> layer = Orthogonal(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_reflections: int | None = None,
+        bias: bool = False,
+        dim: int = -1,
+        cache_size: int = 1,
+    ) -> None:
+        super().__init__(input_dim, num_reflections=num_reflections, dim=dim, cache_size=cache_size)
+        self.vectors = self._new_vectors()
+        self.bias = nn.Parameter(torch.empty(input_dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a start whose product is the identity; b = 0."""
+        linalg.identity_reflections(self.vectors)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, *, bias: bool = False, dim: int = -1) -> Orthogonal:
+        """Build the layer with ``layer.matrix == matrix`` for any orthogonal (D, D) matrix, of either determinant.
+
+        Raises:
+            ValueError: if the matrix is not orthogonal.
+        """
+        vectors = linalg.householder_vectors(matrix)
+        layer = cls(len(matrix), num_reflections=len(matrix), bias=bias, dim=dim).to(matrix)
+        with torch.no_grad():
+            layer.vectors.copy_(vectors)
+        return layer
+
+    @property
+    def matrix(self) -> Tensor:
+        """The orthogonal matrix Q, ``(*B, D, D)``."""
+        return self._matrix(lambda eye: linalg.householder_product(self.vectors.unsqueeze(-3), eye))
+
+    def _function(self, x: Tensor) -> Tensor:
+        y = self._reflect(self.vectors, x)
+        return y if self.bias is None else y + _along(self.bias, self.dim)
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        centred = y if self.bias is None else y - _along(self.bias, self.dim)
+        return self._reflect(self.vectors, centred, transpose=True)
+
+class SVDLinear(_Reflecting):
+    r"""Applies a general invertible matrix through its singular value decomposition.
+
+    .. math:: y = U \mathrm{diag}(s) V^T x + b, \qquad s = e^{\lambda},
+
+    with U and V products of Householder reflections. Invertible because both factors are orthogonal and s is
+    positive. Choose it where a full linear layer is wanted: both directions cost the same and nothing is solved.
+
+    **Forward**, **Inverse**: twice the cost of :class:`Orthogonal`. **Log-det**: :math:`\sum_i \lambda_i`, once a
+    pixel. **Identity**: the start, to rounding.
+
+    Args:
+        input_dim: D.
+        num_reflections: Reflections in each of U and V; default as in :class:`Orthogonal`.
+        bias: Whether b is learned.
+        dim: Axis of the D elements; ``dim=-3`` is an invertible 1 x 1 convolution.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+
+    Raises:
+        ValueError: if the event has another size.
+
+    Differs from Pyro's ``MatrixExponential``: no truncated series, and the log-det has the batch's shape.
+
+    References:
+        Zhang et al. (2018), *Stabilizing gradients for deep neural networks via efficient SVD parameterization*,
+        Eq. 3.
+
+    Example:
+        >>> layer = SVDLinear.from_matrix(torch.tensor([[2.0, 1.0], [0.0, -1.0]]))
+        >>> x = torch.randn(5, 2)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_reflections: int | None = None,
+        bias: bool = True,
+        dim: int = -1,
+        cache_size: int = 1,
+    ) -> None:
+        super().__init__(input_dim, num_reflections=num_reflections, dim=dim, cache_size=cache_size)
+        self.left_vectors = self._new_vectors()
+        self.log_scale = nn.Parameter(torch.empty(input_dim))
+        self.right_vectors = self._new_vectors()
+        self.bias = nn.Parameter(torch.empty(input_dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw factors whose products are the identity; s = 1, b = 0."""
+        linalg.identity_reflections(self.left_vectors)
+        linalg.identity_reflections(self.right_vectors)
+        nn.init.zeros_(self.log_scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, *, bias: bool = True, dim: int = -1) -> SVDLinear:
+        """Build the layer with ``layer.matrix == matrix`` for any invertible (D, D) matrix.
+
+        Raises:
+            ValueError: if the matrix is not square, not finite or singular.
+        """
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"SVDLinear.from_matrix needs a (D, D) matrix, but got {tuple(matrix.shape)}.")
+        if not matrix.isfinite().all():
+            raise ValueError("SVDLinear.from_matrix needs a finite matrix.")
+        u, s, vh = torch.linalg.svd(matrix.detach().double())
+        if s.min() <= s.max() * len(s) * torch.finfo(matrix.dtype).eps:
+            raise ValueError(
+                f"SVDLinear.from_matrix needs an invertible matrix, but its singular values reach from {s.max():.3g} "
+                f"down to {s.min():.3g}."
+            )
+        layer = cls(len(s), num_reflections=len(s), bias=bias, dim=dim).to(matrix)
+        with torch.no_grad():
+            layer.left_vectors.copy_(linalg.householder_vectors(u))
+            layer.right_vectors.copy_(linalg.householder_vectors(vh.mT))
+            layer.log_scale.copy_(s.log())
+        return layer
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix ``U diag(s) V^T``, ``(*B, D, D)``."""
+
+        def columns(eye: Tensor) -> Tensor:
+            rows = linalg.householder_product(self.right_vectors.unsqueeze(-3), eye, transpose=True)
+            rows = rows * self.log_scale.exp().unsqueeze(-2)
+            return linalg.householder_product(self.left_vectors.unsqueeze(-3), rows)
+
+        return self._matrix(columns)
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self._reflect(self.right_vectors, x, transpose=True) * _along(self.log_scale.exp(), self.dim)
+        y = self._reflect(self.left_vectors, z)
+        return (y if self.bias is None else y + _along(self.bias, self.dim)), self.log_scale
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        centred = y if self.bias is None else y - _along(self.bias, self.dim)
+        z = self._reflect(self.left_vectors, centred, transpose=True) * _along((-self.log_scale).exp(), self.dim)
+        return self._reflect(self.right_vectors, z), self.log_scale
+
+    def _aux(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.log_scale
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
+        return _sum_log_scale(self, aux, x)
+
+def shift(input_dim: int, *, dim: int = -1) -> Shift:
+    """Build a :class:`Shift`."""
+    return Shift(input_dim, dim=dim)
+
+
+def diagonal(input_dim: int, *, bias: bool = True, dim: int = -1) -> Diagonal:
+    """Build a :class:`Diagonal`."""
+    return Diagonal(input_dim, bias=bias, dim=dim)
+
+
+def orthogonal(
+    input_dim: int, *, num_reflections: int | None = None, bias: bool = False, dim: int = -1
+) -> Orthogonal:
+    """Build an :class:`Orthogonal`."""
+    return Orthogonal(input_dim, num_reflections=num_reflections, bias=bias, dim=dim)
+
+
+def svd_linear(input_dim: int, *, num_reflections: int | None = None, bias: bool = True, dim: int = -1) -> SVDLinear:
+    """Build an :class:`SVDLinear`."""
+    return SVDLinear(input_dim, num_reflections=num_reflections, bias=bias, dim=dim)

@@ -1,0 +1,175 @@
+"""Layers that only move elements: permutations and pixel shuffles. Both preserve volume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_invflows.base import VolumePreserving, event_constraint, positive_int
+
+__all__ = ["Permute", "PixelShuffle", "permute", "pixel_shuffle"]
+
+
+class Permute(VolumePreserving):
+    r"""Reorders the elements along one axis.
+
+    .. math:: y_i = x_{\pi(i)}.
+
+    Invertible because a permutation is. Choose it between couplings, so that every element is transformed in turn.
+
+    **Forward**, **Inverse**: one gather, O(D), exact. **Log-det**: 0.
+    **Identity**: only for the identity permutation.
+
+    Args:
+        permutation: :math:`\pi`: each of 0, ..., D - 1 once.
+        dim: Axis that is permuted; -1 for vectors, -3 for the channels of images.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``, or with ``dim=-3`` ``(*B, D, H, W) -> (*B, D, H, W)``.
+
+    Raises:
+        ValueError: if it is not a permutation.
+
+    Differs from Pyro's ``Permute``: a module, so the index moves with ``.to()`` and is saved with the state.
+
+    Example:
+        >>> layer = Permute([2, 0, 1])
+        >>> x = torch.randn(5, 3)
+        >>> torch.equal(layer.inv(layer(x).clone()), x)
+        True
+    """
+
+    permutation: Tensor
+    inverse_permutation: Tensor
+
+    def __init__(self, permutation: Sequence[int] | Tensor, *, dim: int = -1, cache_size: int = 1) -> None:
+        index = torch.as_tensor(permutation)
+        if index.dim() != 1 or index.is_floating_point() or index.is_complex() or not index.numel():
+            raise ValueError(
+                f"Permute needs a non-empty one-dimensional sequence of ints, but got {permutation!r}."
+            )
+        index = index.detach().to(torch.long).clone()
+        if not torch.equal(index.sort().values, torch.arange(len(index), device=index.device)):
+            raise ValueError(
+                f"Permute needs each of 0, ..., {len(index) - 1} exactly once, but got {index.tolist()}; "
+                "torch.randperm(n) makes one."
+            )
+        super().__init__(len(index), dim=dim, cache_size=cache_size)
+        self.register_buffer("permutation", index)
+        self.register_buffer("inverse_permutation", index.argsort())
+
+    def _function(self, x: Tensor) -> Tensor:
+        return x.index_select(self.dim, self.permutation)
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        return y.index_select(self.dim, self.inverse_permutation)
+
+
+class PixelShuffle(VolumePreserving):
+    r"""Trades channels for resolution.
+
+    .. math:: y_{c,\,rh+i,\,rw+j} = x_{cr^2 + ir + j,\,h,\,w}, \qquad 0 \le i, j < r.
+
+    Invertible because it only moves elements. Choose it (or its ``.inv``, which squeezes pixels into channels) to
+    change scale in image flows.
+
+    **Forward**, **Inverse**: one copy, O(C H W), exact. **Log-det**: 0. **Identity**: at r = 1.
+
+    Args:
+        upscale_factor: r.
+
+    Shape:
+        ``(*B, C r^2, H, W) -> (*B, C, r H, r W)``; event dimension 3.
+
+    Raises:
+        ValueError: if r^2 does not divide the channels or, backwards, r the height and width.
+
+    References:
+        Shi et al. (2016), *Real-time single image and video super-resolution using an efficient sub-pixel
+        convolutional neural network*, Eq. 4.
+
+    Example:
+        >>> layer = PixelShuffle(2)
+        >>> x = torch.randn(5, 8, 3, 3)
+        >>> layer(x).shape, torch.equal(layer.inv(layer(x).clone()), x)
+        (torch.Size([5, 2, 6, 6]), True)
+    """
+
+    domain = codomain = event_constraint(3)
+
+    def __init__(self, upscale_factor: int, *, cache_size: int = 1) -> None:
+        super().__init__(dim=-3, cache_size=cache_size)
+        self.upscale_factor = positive_int(upscale_factor, "upscale_factor", "PixelShuffle")
+
+    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
+        r = self.upscale_factor
+        sizes = dict(sizes)
+        divisors = {-2: r, -1: r} if inverse else {-3: r * r}
+        factors = {-3: r * r} if inverse else {-2: r, -1: r}
+        for axis, divisor in divisors.items():
+            if axis in sizes:
+                if sizes[axis] % divisor:
+                    what = "the height and width by r" if inverse else "the channels by r^2"
+                    raise ValueError(
+                        f"PixelShuffle({r}) divides {what} = {divisor}, but got {sizes[axis]} elements along dim "
+                        f"{axis}."
+                    )
+                sizes[axis] //= divisor
+        for axis, factor in factors.items():
+            if axis in sizes:
+                sizes[axis] *= factor
+        return sizes
+
+    def _check(self, value: Tensor, inverse: bool) -> None:
+        super()._check(value, inverse)
+        self._event_shape(value.shape, 3, inverse)
+
+    def _function(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x, self.upscale_factor)
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        return F.pixel_unshuffle(y, self.upscale_factor)
+
+    def extra_repr(self) -> str:
+        return str(self.upscale_factor)
+
+
+def permute(
+    input_dim: int,
+    *,
+    permutation: Sequence[int] | Tensor | None = None,
+    dim: int = -1,
+    generator: torch.Generator | None = None,
+) -> Permute:
+    """Build a :class:`Permute`, at random unless a permutation is given.
+
+    Args:
+        input_dim: Size of the permuted axis.
+        permutation: The permutation; by default drawn uniformly with torch's generator.
+        dim: Axis that is permuted.
+        generator: Source of the draw; default torch's global one.
+
+    Raises:
+        ValueError: if the permutation has another size.
+    """
+    positive_int(input_dim, "input_dim", "permute")
+    if permutation is None:
+        permutation = torch.randperm(input_dim, generator=generator)
+    if len(permutation) != input_dim:
+        raise ValueError(f"permute: the permutation must have {input_dim} elements, but has {len(permutation)}.")
+    return Permute(permutation, dim=dim)
+
+
+def pixel_shuffle(input_dim: int | None = None, *, upscale_factor: int = 2) -> PixelShuffle:
+    """Build a :class:`PixelShuffle`; ``input_dim`` channels, where given, must divide by ``upscale_factor**2``.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    layer = PixelShuffle(upscale_factor)
+    if input_dim is not None:
+        layer.trace_event({-3: positive_int(input_dim, "input_dim", "pixel_shuffle")})
+    return layer
