@@ -196,7 +196,7 @@ class Chain(Bijection, nn.ModuleList):
             else:
                 self._foreign[i] = part
                 for j, module in enumerate(_inner_modules(part)):
-                    self.add_module(f"{i}_{j}", module)
+                    self.add_module(f"inner_{i}_{j}", module)
         self._length = i + 1 if (self._modules or self._foreign) else 0
         # A compose knows how event dimensions add up.
         compose = ComposeTransform(list(self.parts))
@@ -276,9 +276,7 @@ class Chain(Bijection, nn.ModuleList):
                 sizes = _trace(part, sizes, inverse)
             except (ValueError, RuntimeError) as error:
                 where = "the input" if previous is None else f"part {previous} ({type(self.parts[previous]).__name__})"
-                raise ValueError(
-                    f"Chain: part {i} ({type(part).__name__}) does not fit {where}: {error}"
-                ) from error
+                raise ValueError(f"Chain: part {i} ({type(part).__name__}) does not fit {where}: {error}") from error
             change = part.codomain.event_dim - part.domain.event_dim
             event_dim += -change if inverse else change
             sizes = {axis: n for axis, n in sizes.items() if axis >= -event_dim}
@@ -346,9 +344,7 @@ class Chain(Bijection, nn.ModuleList):
             _clear(part)
 
     def __repr__(self) -> str:
-        lines = [
-            f"  ({i}): " + repr(part).replace("\n", "\n  ") for i, part in enumerate(self.parts)
-        ]
+        lines = [f"  ({i}): " + repr(part).replace("\n", "\n  ") for i, part in enumerate(self.parts)]
         extra = ["  recompute=True"] if self.recompute else []
         return "Chain(" + "".join(f"\n{line}" for line in extra + lines) + ("\n)" if extra + lines else ")")
 
@@ -408,9 +404,7 @@ class _Recompute(torch.autograd.Function):
         value, current, *tensors = ctx.saved_tensors
         inverse = ctx.inverse
         grads: list[Tensor | None] = [None] * len(tensors)
-        for part, extra in zip(
-            reversed(_walk(ctx.chain, inverse)), reversed(ctx.event_dims), strict=True
-        ):
+        for part, extra in zip(reversed(_walk(ctx.chain, inverse)), reversed(ctx.event_dims), strict=True):
             with torch.no_grad():
                 current = _step(part, current, not inverse)[0]
             with torch.enable_grad():

@@ -129,8 +129,13 @@ def _layers(layer: Bijection, prefix: str = "") -> Iterator[tuple[str, Bijection
     """Walk a layer and the layers that it is made of, not their sub-networks."""
     yield prefix, layer
     for name, child in layer._modules.items():
-        if isinstance(child, Bijection):
+        if _is_part(name, child):
             yield from _layers(child, f"{prefix}{name}.")
+
+
+def _is_part(name: str, child: nn.Module | None) -> bool:
+    # What stands inside torch's own wrappers ("inner_...") cannot be exchanged there.
+    return isinstance(child, Bijection) and not name.startswith("inner_")
 
 
 def _own_parameters(template: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
@@ -154,10 +159,10 @@ def _rebind(layer: Bijection, values: dict[str, Tensor], context: Tensor, prefix
             del new._parameters[name]
             new.register_buffer(name, values[prefix + name], persistent=False)
     for name, child in layer._modules.items():
-        if isinstance(child, Bijection):
+        if _is_part(name, child):
             new._modules[name] = _rebind(child, values, context, f"{prefix}{name}.")
     if getattr(layer, "context_dim", 0):
         new._buffers["context"] = context
-    if getattr(layer, "context_dim", 0) or any(True for _ in layer._parameters if prefix + _ in values):
+    if getattr(layer, "context_dim", 0) or any(prefix + name in values for name in layer._parameters):
         new._batch_shape = context.shape[:-1]
     return new

@@ -106,12 +106,11 @@ class Flow(nn.Module, ConditionalDistribution):
         self.is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
         self.transforms: Chain | nn.ModuleList
         if self.is_conditional:
-            self._parts = [part if isinstance(part, ConditionalTransform) else Chain([part]) for part in parts]
-            foreign = [part for part in self._parts if not isinstance(part, nn.Module)]
-            if foreign:
-                raise TypeError(f"Flow needs conditional transforms that are modules, but got {type(foreign[0])}.")
-            self.transforms = nn.ModuleList(self._parts)  # type: ignore[arg-type]
-            del self._parts
+            parts = [part if isinstance(part, ConditionalTransform) else Chain([part]) for part in parts]
+            for part in parts:
+                if not isinstance(part, nn.Module):
+                    raise TypeError(f"Flow needs conditional transforms that are modules, but got {type(part)}.")
+            self.transforms = nn.ModuleList(parts)
         else:
             self.transforms = parts[0] if len(parts) == 1 and isinstance(parts[0], Chain) else Chain(parts)
             self()  # base and layers fit, or this says so
@@ -133,10 +132,7 @@ class Flow(nn.Module, ConditionalDistribution):
         if not self.is_conditional:
             raise ValueError("This Flow has no conditional part, so it takes no context: call flow().")
         chain = Chain(
-            [
-                part.condition(context) if isinstance(part, ConditionalTransform) else part
-                for part in self.transforms
-            ]
+            [part.condition(context) if isinstance(part, ConditionalTransform) else part for part in self.transforms]
         )
         return FlowDistribution(self.base(), [chain])
 
@@ -148,7 +144,7 @@ class Flow(nn.Module, ConditionalDistribution):
 
 
 #: Arguments that say the same thing; the first that a distribution has is kept.
-_ALTERNATIVES = ({"scale_tril", "covariance_matrix", "precision_matrix"}, {"logits", "probs"}, {"rate", "scale"})
+_ALTERNATIVES = ({"scale_tril", "covariance_matrix", "precision_matrix"}, {"logits", "probs"})
 
 
 class _Rebuilt(nn.Module):
@@ -190,7 +186,9 @@ class _Rebuilt(nn.Module):
         for group in _ALTERNATIVES:
             given = [name for name in names if name in group]
             if len(given) > 1:
-                keep = next((n for n in ("scale_tril", "logits", *given) if n in given and n in base.__dict__), given[0])
+                keep = next(
+                    (n for n in ("scale_tril", "logits", *given) if n in given and n in base.__dict__), given[0]
+                )
                 names = [name for name in names if name not in given or name == keep]
         for name in names:
             value = getattr(base, name, getattr(base, f"_{name}", None))
@@ -204,9 +202,7 @@ class _Rebuilt(nn.Module):
                 continue
             self.names.append(name)
 
-    def _register(
-        self, name: str, value: Tensor, constraint: constraints.Constraint | None, trainable: bool
-    ) -> None:
+    def _register(self, name: str, value: Tensor, constraint: constraints.Constraint | None, trainable: bool) -> None:
         if not trainable or constraint is None or not value.is_floating_point():
             self.register_buffer(name, value)
             return

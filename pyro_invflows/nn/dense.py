@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -31,7 +32,7 @@ def dense_network(
     """
     sizes = [in_features, *hidden_dims, out_features]
     layers: list[nn.Module] = []
-    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (n, m) in enumerate(pairwise(sizes)):
         if i:
             layers.append(activation())
         if n:
@@ -75,7 +76,7 @@ def conv_network(
         raise ValueError(f"conv_network: spatial_dims must be 1, 2 or 3, but got {spatial_dims!r}.")
     sizes = [in_channels, *hidden_channels, out_channels]
     layers: list[nn.Module] = []
-    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (n, m) in enumerate(pairwise(sizes)):
         if i:
             layers.append(activation())
         width = 3 if i in (0, len(sizes) - 2) else 1

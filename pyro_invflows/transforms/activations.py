@@ -8,7 +8,7 @@ Ingkiriwang (2005), *One-step neural network inversion with PDF learning and emu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_invflows.base import Elementwise
+from pyro_invflows.conditional import Conditional
 
 __all__ = [
     "ELU",
@@ -27,6 +28,8 @@ __all__ = [
     "Sigmoid",
     "Tanh",
     "baird",
+    "conditional_baird",
+    "conditional_prelu",
     "elu",
     "interval",
     "leaky_relu",
@@ -284,9 +287,7 @@ class PReLU(_Piecewise):
         True
     """
 
-    def __init__(
-        self, shape: int | Iterable[int] = (), *, negative_slope: float = 1.0, cache_size: int = 1
-    ) -> None:
+    def __init__(self, shape: int | Iterable[int] = (), *, negative_slope: float = 1.0, cache_size: int = 1) -> None:
         super().__init__(shape, cache_size=cache_size)
         self.negative_slope = _positive(negative_slope, "negative_slope", "PReLU")
         self.log_slope = nn.Parameter(torch.empty(self.shape))
@@ -507,3 +508,15 @@ def prelu(input_dim: int, *, negative_slope: float = 1.0) -> PReLU:
 def baird(input_dim: int) -> Baird:
     """Build a :class:`Baird` with one c for each of ``input_dim`` elements."""
     return Baird((input_dim,))
+
+
+def conditional_prelu(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (64, 64), *, negative_slope: float = 1.0
+) -> Conditional:
+    """Build a :func:`prelu` whose slopes a hypernetwork sets from a context."""
+    return Conditional(prelu(input_dim, negative_slope=negative_slope), context_dim, hidden_dims=hidden_dims)
+
+
+def conditional_baird(input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> Conditional:
+    """Build a :func:`baird` whose c a hypernetwork sets from a context."""
+    return Conditional(baird(input_dim), context_dim, hidden_dims=hidden_dims)

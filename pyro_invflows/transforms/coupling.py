@@ -7,14 +7,16 @@ Eqs. 7 and 8, for the affine one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.conditional import Conditional
 from pyro_invflows.nn import conv_network, dense_network
 
-__all__ = ["AffineCoupling", "affine_coupling"]
+__all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
 
 
 class AffineCoupling(Bijection):
@@ -118,15 +120,14 @@ class AffineCoupling(Bijection):
             if context is None:
                 context = x1.new_zeros(self.context_dim)
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            context = context.reshape(context.shape + (1,) * len(spatial)).expand(
-                *batch, self.context_dim, *spatial
-            )
+            context = context.reshape(context.shape + (1,) * len(spatial)).expand(*batch, self.context_dim, *spatial)
             x1 = torch.cat([x1.expand(*batch, -1, *spatial), context], dim=self.dim)
         if self.dim == -1:
             return self.hypernet(x1)
         # a convolution takes one batch dimension, ours are any number
-        out = self.hypernet(x1.reshape(batch.numel(), -1, *spatial) if batch.numel() else x1.new_zeros(
-            0, x1.shape[self.dim], *spatial))
+        out = self.hypernet(
+            x1.reshape(batch.numel(), -1, *spatial) if batch.numel() else x1.new_zeros(0, x1.shape[self.dim], *spatial)
+        )
         return out.reshape(*batch, out.shape[1], *out.shape[2:])
 
     def _scale_and_shift(self, x1: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
@@ -214,12 +215,10 @@ def affine_coupling(
     split_dim = input_dim // 2 if split_dim is None else positive_int(split_dim, "split_dim", "affine_coupling", 0)
     hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else list(hidden_dims)
     hypernet = None
-    if 0 < split_dim + context_dim and split_dim < input_dim:
+    if split_dim + context_dim > 0 and split_dim < input_dim:
         out = (input_dim - split_dim) * (1 if scale is None else 2)
         if dim == -1:
-            hypernet = dense_network(
-                split_dim + context_dim, hidden_dims, out, activation=activation, zero_output=True
-            )
+            hypernet = dense_network(split_dim + context_dim, hidden_dims, out, activation=activation, zero_output=True)
         else:
             hypernet = conv_network(
                 split_dim + context_dim,
@@ -238,3 +237,17 @@ def affine_coupling(
         max_log_scale=max_log_scale,
         input_dim=input_dim,
     )
+
+
+def conditional_affine_coupling(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
+) -> Conditional:
+    """Build an :func:`affine_coupling` whose network also takes a context.
+
+    Args:
+        input_dim: D.
+        context_dim: Width of the context.
+        hidden_dims: Hidden widths of the coupling's network.
+        **kwargs: As in :func:`affine_coupling`.
+    """
+    return Conditional(affine_coupling(input_dim, hidden_dims, context_dim=context_dim, **kwargs), context_dim)

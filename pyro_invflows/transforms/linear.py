@@ -7,19 +7,24 @@ Orthogonal factors are products of Householder reflections in compact WY form
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
 from pyro_invflows.base import Bijection, VolumePreserving, positive_int
+from pyro_invflows.conditional import Conditional
 
 __all__ = [
     "Diagonal",
     "Orthogonal",
     "SVDLinear",
     "Shift",
+    "conditional_diagonal",
+    "conditional_orthogonal",
+    "conditional_shift",
+    "conditional_svd_linear",
     "diagonal",
     "orthogonal",
     "shift",
@@ -282,6 +287,7 @@ class Orthogonal(_Reflecting, VolumePreserving):
         centred = y if self.bias is None else y - _along(self.bias, self.dim)
         return self._reflect(self.vectors, centred, transpose=True)
 
+
 class SVDLinear(_Reflecting):
     r"""Applies a general invertible matrix through its singular value decomposition.
 
@@ -393,6 +399,7 @@ class SVDLinear(_Reflecting):
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
         return _sum_log_scale(self, aux, x)
 
+
 def shift(input_dim: int, *, dim: int = -1) -> Shift:
     """Build a :class:`Shift`."""
     return Shift(input_dim, dim=dim)
@@ -403,9 +410,7 @@ def diagonal(input_dim: int, *, bias: bool = True, dim: int = -1) -> Diagonal:
     return Diagonal(input_dim, bias=bias, dim=dim)
 
 
-def orthogonal(
-    input_dim: int, *, num_reflections: int | None = None, bias: bool = False, dim: int = -1
-) -> Orthogonal:
+def orthogonal(input_dim: int, *, num_reflections: int | None = None, bias: bool = False, dim: int = -1) -> Orthogonal:
     """Build an :class:`Orthogonal`."""
     return Orthogonal(input_dim, num_reflections=num_reflections, bias=bias, dim=dim)
 
@@ -413,3 +418,56 @@ def orthogonal(
 def svd_linear(input_dim: int, *, num_reflections: int | None = None, bias: bool = True, dim: int = -1) -> SVDLinear:
     """Build an :class:`SVDLinear`."""
     return SVDLinear(input_dim, num_reflections=num_reflections, bias=bias, dim=dim)
+
+
+def conditional_shift(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    dim: int = -1,
+) -> Conditional:
+    """Build a :func:`shift` whose parameters a hypernetwork sets from a context."""
+    return Conditional(shift(input_dim, dim=dim), context_dim, hidden_dims=hidden_dims)
+
+
+def conditional_diagonal(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    bias: bool = True,
+    dim: int = -1,
+) -> Conditional:
+    """Build a :func:`diagonal` whose parameters a hypernetwork sets from a context."""
+    return Conditional(diagonal(input_dim, bias=bias, dim=dim), context_dim, hidden_dims=hidden_dims)
+
+
+def conditional_orthogonal(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    num_reflections: int | None = None,
+    bias: bool = False,
+    dim: int = -1,
+) -> Conditional:
+    """Build an :func:`orthogonal` whose parameters a hypernetwork sets from a context."""
+    return Conditional(
+        orthogonal(input_dim, num_reflections=num_reflections, bias=bias, dim=dim), context_dim, hidden_dims=hidden_dims
+    )
+
+
+def conditional_svd_linear(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    num_reflections: int | None = None,
+    bias: bool = True,
+    dim: int = -1,
+) -> Conditional:
+    """Build a :func:`svd_linear` whose parameters a hypernetwork sets from a context."""
+    return Conditional(
+        svd_linear(input_dim, num_reflections=num_reflections, bias=bias, dim=dim), context_dim, hidden_dims=hidden_dims
+    )

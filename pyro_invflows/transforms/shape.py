@@ -48,9 +48,7 @@ class Permute(VolumePreserving):
     def __init__(self, permutation: Sequence[int] | Tensor, *, dim: int = -1, cache_size: int = 1) -> None:
         index = torch.as_tensor(permutation)
         if index.dim() != 1 or index.is_floating_point() or index.is_complex() or not index.numel():
-            raise ValueError(
-                f"Permute needs a non-empty one-dimensional sequence of ints, but got {permutation!r}."
-            )
+            raise ValueError(f"Permute needs a non-empty one-dimensional sequence of ints, but got {permutation!r}.")
         index = index.detach().to(torch.long).clone()
         if not torch.equal(index.sort().values, torch.arange(len(index), device=index.device)):
             raise ValueError(
