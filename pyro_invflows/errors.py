@@ -1,10 +1,20 @@
 """Errors and warnings raised by this library, beyond ``ValueError`` and ``TypeError`` for bad input."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __all__ = ["ConvergenceError", "ConvergenceWarning", "ReconstructionError"]
 
 
 class ConvergenceError(RuntimeError):
-    """An iterative inverse did not reach its tolerance, so no value is returned."""
+    """An iterative inverse did not reach its tolerance, so no value is returned.
+
+    The message names the layer, the steps taken, the worst residual, the fraction of the batch and a remedy.
+    """
+
+    #: The :class:`~pyro_invflows.solvers.Solution` that was refused: its ``status`` says which rows failed.
+    solution: Any = None
 
 
 class ConvergenceWarning(RuntimeWarning):

@@ -1,6 +1,7 @@
 """Linear algebra that several layers share. Tensors in, tensors out; nothing here knows a transform."""
 
 from pyro_invflows.linalg.dense import log_abs_det, solve
+from pyro_invflows.linalg.frames import thin_frame
 from pyro_invflows.linalg.householder import (
     BLOCK_SIZE,
     householder_product,
@@ -8,6 +9,13 @@ from pyro_invflows.linalg.householder import (
     identity_reflections,
     triangle_mask,
 )
+from pyro_invflows.linalg.lowrank import (
+    low_rank_log_abs_det,
+    low_rank_solve,
+    rows_times,
+    symmetric_low_rank_inverse,
+)
+from pyro_invflows.linalg.triangular import positive, positive_inverse, split_triangles
 
 __all__ = [
     "BLOCK_SIZE",
@@ -15,6 +23,14 @@ __all__ = [
     "householder_vectors",
     "identity_reflections",
     "log_abs_det",
+    "low_rank_log_abs_det",
+    "low_rank_solve",
+    "positive",
+    "positive_inverse",
+    "rows_times",
     "solve",
+    "split_triangles",
+    "symmetric_low_rank_inverse",
+    "thin_frame",
     "triangle_mask",
 ]

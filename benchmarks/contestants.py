@@ -1,0 +1,173 @@
+"""Affine coupling flows of the same size in this library and in its peers.
+
+Each builder makes eight couplings with scale and shift over 64 elements, half of which decide, with dense ReLU
+networks of hidden widths 128 and 128, over a standard normal base. What alternates the halves is each library's own
+way: a permutation here, in Pyro and in normflows, alternating masks in zuko and nflows.
+
+Every library runs with its own default of argument validation: on here and in Pyro, off in zuko (whose import
+switches it off everywhere), absent in nflows and normflows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import nflows.distributions
+import nflows.flows
+import nflows.nn.nets
+import nflows.transforms
+import normflows
+import pyro.distributions as dist
+import pyro.distributions.transforms as pyro_transforms
+import torch
+import torch.nn.functional as F
+import zuko
+from torch import Tensor, nn
+
+from pyro_invflows import Chain, Flow, Permute, affine_coupling
+from pyro_invflows.nn import dense_network
+
+__all__ = ["DIM", "FlowContestant", "bare_networks", "coupling_flows", "set_weights"]
+
+DIM = 64
+HIDDEN = (128, 128)
+COUPLINGS = 8
+
+
+@dataclass
+class FlowContestant:
+    """A flow: how it scores ``(N, DIM)`` and how it draws N points, as its library's users write it."""
+
+    parameters: list[nn.Parameter]
+    log_prob: Callable[[Tensor], Tensor]
+    sample: Callable[[int], Tensor]
+    validates: bool
+
+
+def set_weights(*modules: nn.Module) -> list[nn.Parameter]:
+    """Give every dense layer weights away from zero, by the same rule, and return all parameters."""
+    parameters = []
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.5 / layer.in_features**0.5)
+                nn.init.normal_(layer.bias, std=0.1)
+        parameters += list(module.parameters())
+    return parameters
+
+
+def _flip() -> list[int]:
+    return list(range(DIM))[::-1]
+
+
+def _standard_normal() -> dist.Distribution:
+    return dist.Normal(torch.zeros(DIM), torch.ones(DIM)).to_event(1)
+
+
+def _alternate(couplings: list, between: Callable[[], object]) -> list:
+    parts = []
+    for coupling in couplings:
+        parts += [between(), coupling] if parts else [coupling]
+    return parts
+
+
+def our_layers() -> list[nn.Module]:
+    """Return the couplings and permutations of this library."""
+    couplings = [affine_coupling(DIM, HIDDEN) for _ in range(COUPLINGS)]
+    return _alternate(couplings, lambda: Permute(_flip()))
+
+
+def invflows_flow() -> FlowContestant:
+    """This library through ``Flow``; the distribution is made anew at each call, as in training."""
+    flow = Flow(_standard_normal(), our_layers())
+    return FlowContestant(set_weights(flow), lambda x: flow().log_prob(x), lambda n: flow().sample((n,)), True)
+
+
+def invflows_plain() -> FlowContestant:
+    """This library's layers in a plain ``TransformedDistribution``."""
+    layers = our_layers()
+    d = dist.TransformedDistribution(_standard_normal(), layers)
+    return FlowContestant(set_weights(*layers), d.log_prob, lambda n: d.sample((n,)), True)
+
+
+def invflows_plain_chain() -> FlowContestant:
+    """The same as one ``Chain``."""
+    chain = Chain(our_layers())
+    d = dist.TransformedDistribution(_standard_normal(), [chain])
+    return FlowContestant(set_weights(chain), d.log_prob, lambda n: d.sample((n,)), True)
+
+
+def pyro_flow() -> FlowContestant:
+    """Pyro's couplings and permutations in its ``TransformedDistribution``."""
+    couplings = [pyro_transforms.affine_coupling(DIM, list(HIDDEN)) for _ in range(COUPLINGS)]
+    parts = _alternate(couplings, lambda: pyro_transforms.Permute(torch.tensor(_flip())))
+    d = dist.TransformedDistribution(_standard_normal(), parts)
+    return FlowContestant(set_weights(*couplings), d.log_prob, lambda n: d.sample((n,)), True)
+
+
+def zuko_flow() -> FlowContestant:
+    """zuko's ``RealNVP``; its distribution is made anew at each call, as its manual does."""
+    flow = zuko.flows.RealNVP(DIM, transforms=COUPLINGS, hidden_features=HIDDEN)
+    return FlowContestant(set_weights(flow), lambda x: flow().log_prob(x), lambda n: flow().sample((n,)), False)
+
+
+class _NflowsNet(nflows.nn.nets.MLP):
+    """nflows hands a context to its networks; its own MLP takes none."""
+
+    def forward(self, inputs: Tensor, context: None = None) -> Tensor:
+        return super().forward(inputs)
+
+
+def nflows_flow() -> FlowContestant:
+    """nflows' affine couplings with its MLP; masks of halves, in turn."""
+    half = torch.arange(DIM) >= DIM // 2
+    layers = [
+        nflows.transforms.AffineCouplingTransform(
+            (half if i % 2 == 0 else ~half).long(),
+            lambda n, m: _NflowsNet((n,), (m,), list(HIDDEN), activation=F.relu),
+        )
+        for i in range(COUPLINGS)
+    ]
+    base = nflows.distributions.StandardNormal([DIM])
+    flow = nflows.flows.Flow(nflows.transforms.CompositeTransform(layers), base)
+    return FlowContestant(set_weights(flow), flow.log_prob, flow.sample, False)
+
+
+def normflows_flow() -> FlowContestant:
+    """normflows' coupling blocks with its MLP and its swap; sampling without the log-density that it also offers."""
+    half = DIM // 2
+    blocks = [
+        normflows.flows.AffineCouplingBlock(normflows.nets.MLP([half, *HIDDEN, 2 * half])) for _ in range(COUPLINGS)
+    ]
+    parts = _alternate(blocks, lambda: normflows.flows.Permute(DIM, mode="swap"))
+    base = normflows.distributions.DiagGaussian(DIM, trainable=False)
+    model = normflows.NormalizingFlow(base, parts)
+    return FlowContestant(set_weights(model), model.log_prob, lambda n: model(base.sample(n)), False)
+
+
+def coupling_flows() -> dict[str, FlowContestant]:
+    """Build every contestant."""
+    return {
+        "invflows Flow": invflows_flow(),
+        "invflows TransformedDistribution": invflows_plain(),
+        "invflows TransformedDistribution(Chain)": invflows_plain_chain(),
+        "pyro": pyro_flow(),
+        "zuko": zuko_flow(),
+        "nflows": nflows_flow(),
+        "normflows": normflows_flow(),
+    }
+
+
+def bare_networks() -> FlowContestant:
+    """The eight networks alone, each fed by the one before it, with the cheapest use of all of its output."""
+    nets = [dense_network(DIM // 2, HIDDEN, DIM) for _ in range(COUPLINGS)]
+
+    def run(x: Tensor) -> Tensor:
+        half = x[:, : DIM // 2]
+        for net in nets:
+            a, b = net(half).chunk(2, dim=-1)
+            half = a + b
+        return half.sum(-1)
+
+    return FlowContestant(set_weights(*nets), run, lambda n: run(torch.randn(n, DIM)), True)

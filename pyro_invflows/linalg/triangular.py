@@ -1,0 +1,34 @@
+r"""Unconstrained parametrisations of positive numbers and of triangular matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["positive", "positive_inverse", "split_triangles"]
+
+
+def positive(raw: Tensor) -> Tensor:
+    r"""Map any real number onto the positive ones: :math:`e^{\mathrm{asinh}\,a} = a + \sqrt{a^2 + 1}`.
+
+    1 at 0, with slope 1 there; ``positive(-a) == 1 / positive(a)``. It grows, and falls to zero, only linearly, so
+    that large parameters do not overflow.
+    """
+    return torch.asinh(raw).exp()
+
+
+def positive_inverse(value: Tensor) -> Tensor:
+    """Return ``raw`` with ``positive(raw) == value``."""
+    return torch.sinh(value.log())
+
+
+def split_triangles(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Read two strictly upper triangular matrices and a diagonal from one square matrix, all of it used.
+
+    Args:
+        matrix: ``(*B, n, n)``.
+
+    Returns:
+        Its strict upper triangle, the transpose of its strict lower triangle, and its diagonal ``(*B, n)``.
+    """
+    return matrix.triu(1), matrix.tril(-1).mT, matrix.diagonal(dim1=-2, dim2=-1)

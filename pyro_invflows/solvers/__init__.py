@@ -1,0 +1,27 @@
+"""Root finders and implicit gradients: tensors and callables only, nothing here knows a transform."""
+
+from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, dense_jacobian
+from pyro_invflows.solvers.solution import Settings, Solution, Status, finish
+from pyro_invflows.solvers.tanh import (
+    solve_tanh,
+    solve_triangular_tanh,
+    tanh_root,
+    tanh_slope,
+    triangular_tanh_root,
+)
+
+__all__ = [
+    "Anderson",
+    "FixedPoint",
+    "Newton",
+    "Settings",
+    "Solution",
+    "Status",
+    "dense_jacobian",
+    "finish",
+    "solve_tanh",
+    "solve_triangular_tanh",
+    "tanh_root",
+    "tanh_slope",
+    "triangular_tanh_root",
+]

@@ -1,0 +1,105 @@
+"""The loop of every solver: each row goes its own way and leaves when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_invflows.solvers.solution import Settings, Solution, Status, in_transform, row_max, where_rows
+
+__all__ = ["iterate"]
+
+#: Rows are gathered once at most this fraction of those at hand is still active; below, gathering costs more.
+_GATHER_BELOW = 0.75
+
+Residual = Callable[..., Tensor]
+State = tuple[Tensor, ...]
+Step = Callable[[Residual, Tensor, Tensor, State, tuple[Tensor, ...]], tuple[Tensor, Tensor, State]]
+
+
+def iterate(
+    settings: Settings,
+    residual: Residual,
+    x0: Tensor,
+    args: tuple[Tensor, ...],
+    step: Step,
+    state: State = (),
+    *,
+    event_dim: int,
+    scale: Tensor | None,
+    gather: bool,
+    polish: int = 0,
+) -> Solution:
+    """Run ``step`` until every row has converged, failed or run out of steps.
+
+    Args:
+        settings: Tolerances and bound.
+        residual: ``residual(x, *args) -> f(x) - y``, row by row.
+        x0: Starting point ``(*B, *E)``.
+        args: Tensors whose leading dimensions are B (expanded views will do).
+        step: ``step(residual, x, r, state, args) -> x, r, state``.
+        state: Tensors with the leading dimensions B that a step hands on to the next.
+        event_dim: Number of dimensions of E.
+        scale: ``|y|`` in the tolerance, shaped like x0; default x0.
+        gather: Drop rows that are done from the evaluation, not only from the result.
+        polish: Further steps after a row has converged; the better point is kept.
+    """
+    batch = x0.shape[: x0.dim() - event_dim]
+    atol, rtol = settings.tolerances(x0.dtype)
+    scale_of_row = row_max(x0 if scale is None else scale, event_dim)
+    hidden = in_transform()
+    x, r = x0, residual(x0, *args)
+
+    def tolerance(x: Tensor, scale_of_row: Tensor) -> Tensor:
+        return atol + rtol * torch.maximum(scale_of_row, row_max(x, event_dim))
+
+    error = row_max(r, event_dim)
+    met = error <= tolerance(x, scale_of_row)
+    left = torch.where(met, polish, polish + 1)
+    active = error.isfinite() & (left > 0)
+    steps = torch.zeros_like(error, dtype=torch.int32)
+    # the whole batch, written to when rows leave
+    whole: list[Tensor] = []
+    rows: Tensor | None = None
+
+    for _ in range(settings.max_steps + polish):
+        if not hidden:
+            if not active.any():
+                break
+            if gather and active.numel() > 1 and active.sum() <= _GATHER_BELOW * active.numel():
+                now = [x, error, met, steps]
+                if rows is None:
+                    whole = [t.reshape(batch.numel(), *t.shape[len(batch) :]).clone() for t in now]
+                    rows = active.reshape(-1).nonzero().squeeze(-1)
+                else:
+                    for all_rows, some in zip(whole, now, strict=True):
+                        all_rows[rows] = some
+                    rows = rows[active]
+                x, r, error, met, steps, left, scale_of_row, *rest = (
+                    t[active] for t in (x, r, error, met, steps, left, scale_of_row, *state, *args)
+                )
+                state, args = tuple(rest[: len(state)]), tuple(rest[len(state) :])
+                active = torch.ones_like(met)
+        # a row that has not met its tolerance within max_steps is not polished
+        active = active & ((steps < settings.max_steps) | met)
+        new_x, new_r, state = step(residual, x, r, state, args)
+        new_error = row_max(new_r, event_dim)
+        new_met = new_error <= tolerance(new_x, scale_of_row)
+        # while polishing, only improvements are taken
+        take = active & (~met | (new_error < error))
+        x, r = where_rows(take, new_x, x), where_rows(take, new_r, r)
+        error = torch.where(take, new_error, error)
+        steps = steps + active.to(steps.dtype)
+        left = torch.where(met | new_met, left - 1, left)
+        met = met | (active & new_met)
+        active = active & error.isfinite() & (left > 0)
+    if rows is not None:
+        for all_rows, some in zip(whole, [x, error, met, steps], strict=True):
+            all_rows[rows] = some
+        x = whole[0].reshape(x0.shape)
+        error, met, steps = (t.reshape(batch) for t in whole[1:])
+    status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(met | error.isfinite(), status, int(Status.NONFINITE))
+    return Solution(x, status.to(torch.int8), steps, error)

@@ -1,0 +1,165 @@
+"""What a solver returns, and what happens to the rows that it could not solve."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_invflows.errors import ConvergenceError, ConvergenceWarning
+
+__all__ = ["Settings", "Solution", "Status", "finish", "in_transform", "row_max", "where_rows"]
+
+
+class Status(IntEnum):
+    """How a row ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    NONFINITE = 2
+    NO_BRACKET = 3
+
+
+#: What a status means and what helps; the text of the error.
+REMEDIES = {
+    Status.MAX_STEPS: "Allow more steps (max_steps), use a stronger solver (Newton rather than Anderson or FixedPoint), "
+    "use float64, loosen atol and rtol, or shrink the parameters.",
+    Status.NONFINITE: "The iterates overflowed: use float64 or a damped Newton, shrink the parameters, or keep y within "
+    "the range of the training data.",
+    Status.NO_BRACKET: "No sign change was found: y lies outside the range of the transform, or the transform is not "
+    "monotone.",
+}
+
+_ON_FAILURE = ("raise", "warn", "nan")
+
+
+class Solution(NamedTuple):
+    """The end of an iteration, row by row (a row is one element of the batch).
+
+    Attributes:
+        value: The last iterate, in the shape of the starting point.
+        status: A :class:`Status` for each row.
+        num_steps: Steps that each row took.
+        residual: Largest absolute entry of each row's residual.
+    """
+
+    value: Tensor
+    status: Tensor
+    num_steps: Tensor
+    residual: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether each row converged."""
+        return self.status == Status.CONVERGED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every solver is told.
+
+    A row has converged when ``|f(x) - y| <= atol + rtol * |y|`` in the largest norm, with the larger of x and y for
+    :math:`|y|`, since rounding alone moves f(x) by that much.
+
+    Args:
+        atol: Absolute tolerance; the default is ``eps ** 0.75`` of the dtype (2e-12 in float64, 6e-6 in float32).
+        rtol: Relative tolerance; the default likewise.
+        max_steps: Bound on the steps.
+        on_failure: What happens to rows that did not converge: ``"raise"`` a :class:`ConvergenceError`, ``"warn"``
+            and return them as they are, or set them to ``"nan"``.
+
+    Raises:
+        ValueError: if a setting is out of range.
+    """
+
+    atol: float | None = None
+    rtol: float | None = None
+    max_steps: int = 100
+    on_failure: str = "raise"
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        for name in ("atol", "rtol"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{owner}: {name} must be None or at least 0, but got {value!r}.")
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 0:
+            raise ValueError(f"{owner}: max_steps must be an int of at least 0, but got {self.max_steps!r}.")
+        if self.on_failure not in _ON_FAILURE:
+            raise ValueError(f"{owner}: on_failure must be one of {_ON_FAILURE}, but got {self.on_failure!r}.")
+
+    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Return ``(atol, rtol)``, scaled to the dtype where they were not given."""
+        default = torch.finfo(dtype).eps ** 0.75
+        return default if self.atol is None else self.atol, default if self.rtol is None else self.rtol
+
+
+def in_transform() -> bool:
+    """Whether values cannot be looked at, because a graph is being traced or ``torch.func`` is at work."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def row_max(value: Tensor, event_dim: int) -> Tensor:
+    """Return the largest absolute entry of each row; NaN where there is one."""
+    value = value.abs()
+    return value if not event_dim else value.flatten(-event_dim).amax(-1)
+
+
+def where_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Choose row by row: ``mask`` has the leading dimensions of ``a`` and ``b``."""
+    return torch.where(mask.reshape(mask.shape + (1,) * (a.dim() - mask.dim())), a, b)
+
+
+def finish(solution: Solution, owner: str, settings: Settings, *, given: Tensor | None = None) -> Tensor:
+    """Return the solution's value, or do what ``settings.on_failure`` says about the rows without one.
+
+    Rows whose ``given`` data are not finite are no failure of the solver: they become NaN, as in any torch function.
+    While compiling and under ``torch.func`` nothing can be raised: rows that failed become NaN.
+
+    Args:
+        solution: What the solver returned.
+        owner: The layer's name, for the message.
+        settings: The solver's settings.
+        given: The data y, in the shape of the value.
+
+    Raises:
+        ConvergenceError: if rows failed and ``on_failure="raise"``.
+    """
+    failed = solution.status != Status.CONVERGED
+    hidden = in_transform()
+    if not hidden and not failed.any():
+        return solution.value
+    value = where_rows(failed, torch.full_like(solution.value, torch.nan), solution.value)
+    if hidden or settings.on_failure == "nan":
+        return value
+    if given is not None:
+        event_dim = solution.value.dim() - failed.dim()
+        failed = failed & row_max(given, event_dim).isfinite()
+    if not failed.any():
+        return value
+    message = _message(solution, failed, owner, settings)
+    if settings.on_failure == "warn":
+        warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        return solution.value
+    error = ConvergenceError(message)
+    error.solution = solution
+    raise error
+
+
+def _message(solution: Solution, failed: Tensor, owner: str, settings: Settings) -> str:
+    count = int(failed.sum().item())
+    residual = solution.residual[failed]
+    finite = residual[residual.isfinite()]
+    worst = f"{finite.max().item():.2g}" if finite.numel() else "not finite"
+    steps = int(solution.num_steps[failed].max().item())
+    atol, rtol = settings.tolerances(solution.value.dtype)
+    kinds = solution.status[failed].unique().tolist()
+    return (
+        f"{owner}: the inverse did not converge in {count} of {failed.numel()} rows ({count / failed.numel():.3g} of the "
+        f"batch) after {steps} steps; worst residual in y: {worst}, accepted: {atol:.2g} + {rtol:.2g} |y|. "
+        + " ".join(REMEDIES[Status(kind)] for kind in kinds)
+    )

@@ -1,0 +1,397 @@
+r"""The equations that planar and Sylvester layers reduce to, solved at any legal parameters.
+
+One scalar equation, :math:`s + (d - 1) \tanh s = c` with d > 0, is increasing in s, convex or concave on either side
+of zero: Newton's method from the right end of its bracket ``|s - c| <= |d - 1|`` runs to the root in one direction and
+needs no safeguard. The triangular system :math:`s + T \tanh(s) = c`, with :math:`T_{ii} = d_i - 1`, is m of them by
+back-substitution; cheaper iterations are tried first.
+
+The functions ``*_root`` carry their implicit gradient, to any order, in reverse and forward mode, and under ``torch.func``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_invflows.linalg import rows_times
+from pyro_invflows.solvers.iterative import Newton
+from pyro_invflows.solvers.solution import Solution, Status, finish
+
+__all__ = ["solve_tanh", "solve_triangular_tanh", "tanh_root", "tanh_slope", "triangular_tanh_root"]
+
+#: Scalar Newton steps between two looks at the residual, and in all. 6 suffice as a rule; |d| near 1e8 takes 20.
+_SCALAR_STEPS = 4
+_MAX_SCALAR_STEPS = 40
+#: Diagonal Newton steps between two looks, and in all.
+_CHEAP_STEPS = 3
+_MAX_CHEAP_STEPS = 15
+
+
+def tanh_slope(h: Tensor, d: Tensor) -> Tensor:
+    """Return ``1 + (d - 1) tanh'(s)`` for ``h = tanh(s)``, as a sum of positive terms: no cancellation."""
+    square = h * h
+    return square + d * (1 - square)
+
+
+def _start(c: Tensor, d: Tensor) -> Tensor:
+    """Return the side of the bracket from which Newton's method is monotone."""
+    a = c.abs()
+    t = d - 1
+    shifted, scaled = a - t, a / d
+    # tanh s <= s - s^3/5 on [0, 1], which bounds the root where the slope at 0 nearly vanishes
+    cubic = (5 * a / t.abs().clamp_min(torch.finfo(c.dtype).tiny)).pow(1 / 3)
+    upper = torch.minimum(shifted, scaled)
+    upper = torch.where(cubic <= 1, torch.minimum(upper, cubic), upper)
+    return torch.copysign(torch.where(t >= 0, torch.maximum(shifted, scaled), upper), c)
+
+
+def _status(met: Tensor, finite: Tensor) -> Tensor:
+    status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    return torch.where(finite, status, int(Status.NONFINITE)).to(torch.int8)
+
+
+def solve_tanh(c: Tensor, d: Tensor, settings: Newton | None = None) -> Solution:
+    """Solve ``s + (d - 1) tanh(s) = c`` element by element; no gradient.
+
+    Args:
+        c: Any shape.
+        d: Positive, broadcasts with c.
+        settings: Tolerances; ``max_steps`` bounds the steps where it is below 40.
+    """
+    settings = Newton() if settings is None else settings
+    t = d - 1
+    s = _start(c, d)
+    bound = min(settings.max_steps, _MAX_SCALAR_STEPS)
+    goal = 4 * torch.finfo(s.dtype).eps
+    taken = 0
+    size = 1 + c.abs() + t.abs()
+    while True:
+        h = torch.tanh(s)
+        r = torch.addcmul(s - c, t, h)
+        looking = not torch.compiler.is_compiling() and taken >= _SCALAR_STEPS and taken % 2 == 0
+        if taken == bound or (looking and not (r.abs() > goal * size).any()):
+            atol, rtol = settings.tolerances(s.dtype)
+            r = r.abs()
+            status = _status(r <= atol + rtol * size, r.isfinite())
+            return Solution(s, status, torch.full_like(status, taken, dtype=torch.int32), r)
+        square = h * h
+        s = torch.addcdiv(s, r, torch.addcmul(d, square, t, value=-1), value=-1)
+        taken += 1
+
+
+def _back_substitution(c: Tensor, strict: Tensor, d: Tensor, settings: Newton) -> Tensor:
+    """Solve the triangular system exactly, the last coordinate first. ``strict`` (*B, m, m) broadcasts with c."""
+    m = c.shape[-1]
+    shape = torch.broadcast_shapes(c.shape, d.shape, strict.shape[:-1])
+    h: list[Tensor] = []
+    s: list[Tensor] = []
+    for i in reversed(range(m)):
+        rhs = c[..., i]
+        if h:
+            rhs = rhs - (torch.stack(h, -1) * strict[..., i, i + 1 :].flip(-1)).sum(-1)
+        s.append(solve_tanh(rhs, d[..., i], settings).value)
+        h.append(torch.tanh(s[-1]))
+    return torch.stack([column.expand(shape[:-1]) for column in reversed(s)], dim=-1)
+
+
+def _newton_matrix(h: Tensor, strict: Tensor, d: Tensor) -> Tensor:
+    """Return ``I + T diag(h')``, upper triangular, its diagonal without cancellation."""
+    slope = 1 - h * h
+    return strict * slope.unsqueeze(-2) + torch.diag_embed(tanh_slope(h, d))
+
+
+def solve_triangular_tanh(
+    c: Tensor,
+    strict: Tensor,
+    d: Tensor,
+    settings: Newton | None = None,
+    *,
+    cheap_steps: int = _MAX_CHEAP_STEPS,
+) -> Solution:
+    """Solve ``s + (d - 1) tanh(s) + strict tanh(s) = c``, with ``strict`` strictly upper triangular; no gradient.
+
+    Diagonal Newton steps for all rows first: what they neglect is nilpotent. Then Newton steps with the triangular
+    matrix for the rows that still need it, and back-substitution, which cannot fail, for the rest. A row has
+    converged when each equation holds to within ``atol + rtol`` times the size of its terms.
+
+    Args:
+        c: ``(*S, m)``.
+        strict: ``(*B, m, m)``; B broadcasts with S.
+        d: ``(*B, m)``, positive.
+        settings: Tolerances; ``max_steps`` bounds the triangular Newton steps.
+        cheap_steps: Bound on the diagonal steps.
+
+    Returns:
+        The solution; ``num_steps`` counts diagonal and triangular steps of a row together, and is one more than
+        their bound where back-substitution finished it.
+    """
+    settings = Newton(max_steps=8) if settings is None else settings
+    system = _System(c, strict, d)
+    if torch.compiler.is_compiling():
+        s = system.back_substitution(settings)
+        steps = torch.zeros(s.shape[:-1], dtype=torch.int32, device=s.device)
+        return system.solution(s, system.residual(s), steps, settings)
+    goal = 8 * torch.finfo(c.dtype).eps
+    s = _start(system.c, d)
+    taken = 0
+    while True:
+        h = torch.tanh(s)
+        r = s - system.c + rows_times(h, system.transposed)
+        if taken % _CHEAP_STEPS == 0 or taken >= cheap_steps:
+            todo = ~(r.abs() <= goal * system.size).all(-1) & system.c.isfinite().all(-1)
+            if taken >= cheap_steps or not todo.any():
+                break
+        s = torch.addcdiv(s, r, tanh_slope(h, d), value=-1)
+        taken += 1
+    if settings.polish and not todo.all():
+        # one more brings rows that meet the goal to rounding, for the price of a small product
+        polished = torch.addcdiv(s, r, tanh_slope(h, d), value=-1)
+        polished_r = system.residual(polished)
+        better = (~todo & (polished_r.abs().amax(-1) <= r.abs().amax(-1))).unsqueeze(-1)
+        s, r = torch.where(better, polished, s), torch.where(better, polished_r, r)
+    steps = torch.full(s.shape[:-1], taken, dtype=torch.int32, device=s.device)
+    if todo.any():
+        s, r = s.clone(), r.clone()
+        s[todo], r[todo], further = _finish_rows(system.rows(todo), s[todo], settings, goal)
+        steps[todo] += further
+    return system.solution(s, r, steps, settings)
+
+
+class _System:
+    """The equations of some rows: ``s + transposed^T tanh(s) = c``."""
+
+    def __init__(self, c: Tensor, strict: Tensor, d: Tensor) -> None:
+        self.strict, self.d = strict, d
+        self.transposed = strict.mT + torch.diag_embed(d - 1)
+        batch = torch.broadcast_shapes(c.shape[:-1], d.shape[:-1], strict.shape[:-2])
+        self.c = c.expand(*batch, c.shape[-1])
+        #: Size of the terms that the residual is a difference of, a bound on rounding
+        self.size = 1 + self.transposed.abs().sum(-2) + self.c.abs()
+
+    def rows(self, mask: Tensor) -> _System:
+        """Return the system of the chosen rows only."""
+        m = self.c.shape[-1]
+        strict, d = self.strict, self.d
+        if strict.dim() > 2 or d.dim() > 1:
+            strict, d = strict.expand(*mask.shape, m, m)[mask], d.expand(*mask.shape, m)[mask]
+        return _System(self.c[mask], strict, d)
+
+    def residual(self, s: Tensor) -> Tensor:
+        return s - self.c + rows_times(torch.tanh(s), self.transposed)
+
+    def back_substitution(self, settings: Newton) -> Tensor:
+        """Solve exactly, the last coordinate first: m scalar equations."""
+        h: list[Tensor] = []
+        s: list[Tensor] = []
+        for i in reversed(range(self.c.shape[-1])):
+            rhs = self.c[..., i]
+            if h:
+                rhs = rhs - (torch.stack(h, -1) * self.strict[..., i, i + 1 :].flip(-1)).sum(-1)
+            s.append(solve_tanh(rhs, self.d[..., i], settings).value)
+            h.append(torch.tanh(s[-1]))
+        return torch.stack(s[::-1], dim=-1)
+
+    def solution(self, s: Tensor, r: Tensor, steps: Tensor, settings: Newton) -> Solution:
+        atol, rtol = settings.tolerances(s.dtype)
+        r = r.abs()
+        status = _status((r <= atol + rtol * self.size).all(-1), r.isfinite().all(-1))
+        return Solution(s, status, steps, r.amax(-1))
+
+
+def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve by triangular Newton steps, then by back-substitution; the rows are one flat dimension."""
+    s = torch.where(s.isfinite(), s, _start(system.c, system.d))  # a diagonal step may have thrown a row far out
+    r = system.residual(s)
+    steps = torch.zeros(s.shape[0], dtype=torch.int32, device=s.device)
+    active = torch.ones_like(steps, dtype=torch.bool)
+    for _ in range(settings.max_steps):
+        if not active.any():
+            break
+        some = system.rows(active)
+        matrix = _newton_matrix(torch.tanh(s[active]), some.strict, some.d)
+        step = torch.linalg.solve_triangular(matrix, r[active].unsqueeze(-1), upper=True).squeeze(-1)
+        s[active] = s[active] - step
+        r[active] = some.residual(s[active])
+        steps += active
+        active = ~(r.abs() <= goal * system.size).all(-1)
+    if active.any():
+        some = system.rows(active)
+        s[active] = some.back_substitution(Newton())
+        r[active] = some.residual(s[active])
+        steps += active
+    return s, r, steps
+
+
+class _TanhRoot(torch.autograd.Function):
+    """``s(c, d)``. Its derivative is written with its own output, so that it has derivatives of every order."""
+
+    @staticmethod
+    def forward(c: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:
+        return finish(solve_tanh(c, d, settings), owner, settings, given=c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        c, d, *_ = inputs
+        ctx.shape = c.shape
+        ctx.save_for_backward(output, d)
+        ctx.save_for_forward(output, d)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        s, d = ctx.saved_tensors
+        h = torch.tanh(s)
+        v = grad / tanh_slope(h, d)
+        return v.sum_to_size(ctx.shape), (-v * h).sum_to_size(d.shape), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dc: Tensor | None, dd: Tensor | None, *_: None) -> Tensor:
+        s, d = ctx.saved_tensors
+        h = torch.tanh(s)
+        change = torch.zeros_like(s)
+        if dc is not None:
+            change = change + dc
+        if dd is not None:
+            change = change - dd * h
+        return change / tanh_slope(h, d)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], c: Tensor, d: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        c, d = _in_front([c, d], in_dims, [0, 0])
+        return _TanhRoot.apply(c, d, *rest), 0
+
+
+class _TriangularRoot(torch.autograd.Function):
+    """``s(c, strict, d)``, likewise."""
+
+    @staticmethod
+    def forward(c: Tensor, strict: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:
+        return finish(solve_triangular_tanh(c, strict, d, settings), owner, settings, given=c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        c, strict, d, *_ = inputs
+        ctx.shape = c.shape
+        ctx.save_for_backward(output, strict, d)
+        ctx.save_for_forward(output, strict, d)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        s, strict, d = ctx.saved_tensors
+        h = torch.tanh(s)
+        matrix = _newton_matrix(h, strict, d)
+        v = torch.linalg.solve_triangular(matrix.mT, grad.unsqueeze(-1), upper=False).squeeze(-1)
+        grad_strict = grad_d = None
+        if ctx.needs_input_grad[1]:
+            if strict.dim() == 2:
+                grad_strict = -v.reshape(-1, v.shape[-1]).mT @ h.reshape(-1, h.shape[-1])
+            else:
+                grad_strict = (-v.unsqueeze(-1) * h.unsqueeze(-2)).sum_to_size(strict.shape)
+        if ctx.needs_input_grad[2]:
+            grad_d = (-v * h).sum_to_size(d.shape)
+        return v.sum_to_size(ctx.shape), grad_strict, grad_d, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dc: Tensor | None, dstrict: Tensor | None, dd: Tensor | None, *_: None) -> Tensor:
+        s, strict, d = ctx.saved_tensors
+        h = torch.tanh(s)
+        change = torch.zeros_like(s)
+        if dc is not None:
+            change = change + dc
+        if dstrict is not None:
+            change = change - rows_times(h, dstrict.mT)
+        if dd is not None:
+            change = change - dd * h
+        return torch.linalg.solve_triangular(_newton_matrix(h, strict, d), change.unsqueeze(-1), upper=True).squeeze(-1)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], c: Tensor, strict: Tensor, d: Tensor, *rest: Any
+    ) -> tuple[Tensor, int]:
+        c, strict, d = _in_front([c, strict, d], in_dims, [1, 2, 1])
+        return _TriangularRoot.apply(c, strict, d, *rest), 0
+
+
+def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: list[int]) -> list[Tensor]:
+    """Move vmap's dimension to the front of the batch dimensions, which then line up from the right."""
+    depth = max(
+        t.dim() - (dim is not None) - event for t, dim, event in zip(tensors, in_dims[: len(tensors)], events, strict=True)
+    )
+    moved = []
+    for t, dim, event in zip(tensors, in_dims[: len(tensors)], events, strict=True):
+        if dim is not None:
+            t = t.movedim(dim, 0)
+            t = t.reshape(t.shape[0], *(1,) * (depth - (t.dim() - 1 - event)), *t.shape[1:])
+        moved.append(t)
+    if all(t.dim() - event < depth + 1 for t, event in zip(moved, events, strict=True)):
+        return moved
+    # the output must carry the dimension even where c does not
+    size = next(t.shape[0] for t, dim in zip(moved, in_dims, strict=False) if dim is not None)
+    c = moved[0]
+    if c.dim() - events[0] < depth + 1:
+        c = c.reshape(*(1,) * (depth + 1 - c.dim() + events[0]), *c.shape)
+        c = c.expand(size, *c.shape[1:])
+    return [c, *moved[1:]]
+
+
+def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: str = "tanh_root") -> Tensor:
+    """Return the s with ``s + (d - 1) tanh(s) = c``, element by element, differentiable in c and d.
+
+    Args:
+        c: Any shape; each element counts as a row.
+        d: Positive, broadcasts with c.
+        settings: Tolerances and what to do on failure.
+        owner: Whom an error names.
+
+    Raises:
+        ConvergenceError: if an element did not converge and the settings say so.
+
+    Example:
+        >>> from pyro_invflows.solvers import tanh_root
+        >>> c, d = torch.randn(5, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+        >>> s = tanh_root(c, d)
+        >>> torch.allclose(s - 0.9 * torch.tanh(s), c)
+        True
+    """
+    settings = Newton() if settings is None else settings
+    if not torch.compiler.is_compiling():
+        return _TanhRoot.apply(c, d, settings, owner)
+    with torch.no_grad():
+        s = finish(solve_tanh(c.detach(), d.detach(), settings), owner, settings)
+    for _ in range(2):  # Newton steps with a graph: the first gives first derivatives, the second up to third ones
+        h = torch.tanh(s)
+        s = s - (s - c + (d - 1) * h) / tanh_slope(h, d)
+    return s
+
+
+def triangular_tanh_root(
+    c: Tensor,
+    strict: Tensor,
+    d: Tensor,
+    settings: Newton | None = None,
+    *,
+    owner: str = "triangular_tanh_root",
+) -> Tensor:
+    """Return the s with ``s + (d - 1) tanh(s) + strict tanh(s) = c``, differentiable in all three.
+
+    Args:
+        c: ``(*S, m)``.
+        strict: ``(*B, m, m)``, strictly upper triangular; B broadcasts with S.
+        d: ``(*B, m)``, positive.
+        settings: As in :func:`solve_triangular_tanh`, and what to do on failure.
+        owner: Whom an error names.
+
+    Raises:
+        ConvergenceError: if a row did not converge and the settings say so.
+    """
+    settings = Newton(max_steps=8) if settings is None else settings
+    if not torch.compiler.is_compiling():
+        return _TriangularRoot.apply(c, strict, d, settings, owner)
+    with torch.no_grad():
+        s = finish(solve_triangular_tanh(c.detach(), strict.detach(), d.detach(), settings), owner, settings)
+    for _ in range(2):
+        h = torch.tanh(s)
+        r = s - c + (d - 1) * h + rows_times(h, strict.mT)
+        s = s - torch.linalg.solve_triangular(_newton_matrix(h, strict, d), r.unsqueeze(-1), upper=True).squeeze(-1)
+    return s

@@ -1,0 +1,186 @@
+"""The one registry: every exported layer has at least one row here, and every row runs every conformance test.
+
+A new layer is one line. ``tags`` say what a row cannot do; the suite asserts that it then says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Transform
+
+import pyro_invflows as pf
+from pyro_invflows.testing import sample_domain
+
+DIMS = (1, 2, 5, 33)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to build one layer."""
+
+    name: str
+    layer: str  # the exported class that this row stands for
+    make: Callable[[int], Transform]
+    dims: tuple[int, ...] = DIMS
+    event: Callable[[int], tuple[int, ...]] = lambda d: (d,)
+    # builds Conditional layers, called with (input_dim, context_dim); None: the layer refuses
+    conditional: Callable[[int, int], pf.Conditional] | None = None
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    def build(self, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transform:
+        """Build the layer with U(-1, 1) added to every parameter, so that nothing is right because it is zero."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layer = self.make(dim).to(dtype)
+            scatter(layer)
+        return layer
+
+    def points(
+        self, dim: int, batch: Iterable[int] = (3,), dtype: torch.dtype = torch.float64, seed: int = 1
+    ) -> Tensor:
+        """Draw points of the layer's domain, all dimensions of the event included."""
+        generator = torch.Generator().manual_seed(seed)
+        layer = self.make(dim)
+        return sample_domain(layer, tuple(batch), event_shape=self.event(dim), dtype=dtype, generator=generator)
+
+    def batch_of(self, shape: torch.Size, layer: Transform, inverse: bool = False) -> torch.Size:
+        """Return the batch shape that the layer sees in a value of ``shape``."""
+        side = layer.codomain if inverse else layer.domain
+        return shape[: len(shape) - side.event_dim]
+
+
+def scatter(module: torch.nn.Module, size: float = 1.0) -> torch.nn.Module:
+    """Add U(-size, size) to every parameter."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(size * (2 * torch.rand_like(parameter) - 1))
+    return module
+
+
+def image(dim: int) -> tuple[int, ...]:
+    return (dim, 2, 3)
+
+
+def image_base(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Distribution:
+    return torch.distributions.Independent(
+        torch.distributions.Normal(torch.zeros(shape, dtype=dtype), torch.ones((), dtype=dtype)), len(shape)
+    )
+
+
+def _mixed_chain(dim: int, recompute: bool = False) -> pf.Chain:
+    parts = [
+        pf.orthogonal(dim),
+        pf.affine_coupling(dim, [8]),
+        torch.distributions.transforms.AffineTransform(0.5, 2.0),
+        pf.baird(dim),
+        pf.permute(dim),
+        pf.diagonal(dim).inv,
+        pf.Chain([pf.svd_linear(dim), pf.prelu(dim)]),
+    ]
+    return pf.Chain(parts, recompute=recompute)
+
+
+def _image_chain(dim: int) -> pf.Chain:
+    return pf.Chain(
+        [
+            pf.pixel_shuffle(4 * dim).inv,
+            pf.orthogonal(4 * dim, dim=-3),
+            pf.affine_coupling(4 * dim, [4], dim=-3),
+            pf.PixelShuffle(2),
+            pf.Baird(),
+            pf.diagonal(dim, dim=-3),
+        ]
+    )
+
+
+CASES = [
+    Case("sigmoid", "Sigmoid", pf.sigmoid),
+    Case("tanh", "Tanh", pf.tanh),
+    Case("leaky_relu", "LeakyReLU", lambda d: pf.leaky_relu(d, negative_slope=0.3)),
+    Case("prelu", "PReLU", pf.prelu, conditional=pf.conditional_prelu),
+    Case("prelu_shared", "PReLU", lambda d: pf.PReLU((), negative_slope=0.25)),
+    Case("elu", "ELU", lambda d: pf.elu(d, alpha=1.5)),
+    Case("selu", "SELU", pf.selu),
+    Case("baird", "Baird", pf.baird, conditional=pf.conditional_baird),
+    Case("interval", "Interval", lambda d: pf.interval(d, low=-1.5, high=4.0)),
+    Case("permute", "Permute", pf.permute),
+    Case("permute_image", "Permute", lambda d: pf.permute(d, dim=-3), event=image),
+    Case("pixel_shuffle", "PixelShuffle", lambda d: pf.pixel_shuffle(4 * d), dims=(1, 2), event=lambda d: (4 * d, 2, 3)),
+    Case("shift", "Shift", pf.shift, conditional=pf.conditional_shift),
+    Case(
+        "shift_image",
+        "Shift",
+        lambda d: pf.shift(d, dim=-3),
+        dims=(1, 2),
+        event=image,
+        conditional=lambda d, c: pf.conditional_shift(d, c, dim=-3),
+    ),
+    Case("diagonal", "Diagonal", pf.diagonal, conditional=pf.conditional_diagonal),
+    Case("diagonal_negative", "Diagonal", lambda d: pf.Diagonal.from_matrix(torch.diag((-1.5) ** torch.arange(1, d + 1)))),
+    Case(
+        "diagonal_image",
+        "Diagonal",
+        lambda d: pf.diagonal(d, bias=False, dim=-3),
+        dims=(1, 2),
+        event=image,
+        conditional=lambda d, c: pf.conditional_diagonal(d, c, bias=False, dim=-3),
+    ),
+    Case("orthogonal", "Orthogonal", pf.orthogonal, conditional=pf.conditional_orthogonal),
+    Case("orthogonal_odd", "Orthogonal", lambda d: pf.orthogonal(d, num_reflections=3, bias=True)),
+    Case(
+        "orthogonal_image",
+        "Orthogonal",
+        lambda d: pf.orthogonal(d, bias=True, dim=-3),
+        dims=(2, 5),
+        event=image,
+        conditional=lambda d, c: pf.conditional_orthogonal(d, c, bias=True, dim=-3),
+    ),
+    Case("svd_linear", "SVDLinear", pf.svd_linear, conditional=pf.conditional_svd_linear),
+    Case(
+        "svd_linear_image",
+        "SVDLinear",
+        lambda d: pf.svd_linear(d, dim=-3),
+        dims=(2, 5),
+        event=image,
+        conditional=lambda d, c: pf.conditional_svd_linear(d, c, dim=-3),
+    ),
+    Case(
+        "affine_coupling",
+        "AffineCoupling",
+        lambda d: pf.affine_coupling(d, [8, 8]),
+        conditional=lambda d, c: pf.conditional_affine_coupling(d, c, [8, 8]),
+    ),
+    Case("additive_coupling", "AffineCoupling", lambda d: pf.affine_coupling(d, [8], scale=None)),
+    Case(
+        "coupling_constants",
+        "AffineCoupling",
+        lambda d: pf.affine_coupling(d, split_dim=0),
+        dims=(1, 5),
+        conditional=lambda d, c: pf.Conditional(pf.affine_coupling(d, split_dim=0), c),
+    ),
+    Case("coupling_sequence", "AffineCoupling", lambda d: pf.affine_coupling(d, [4], dim=-2), event=lambda d: (d, 3), dims=(1, 2)),
+    Case(
+        "coupling_image",
+        "AffineCoupling",
+        lambda d: pf.affine_coupling(d, [4], dim=-3),
+        dims=(1, 2, 5),
+        event=image,
+        conditional=lambda d, c: pf.conditional_affine_coupling(d, c, [4], dim=-3),
+    ),
+    Case("inverted", "Inverted", lambda d: pf.Inverted(pf.svd_linear(d)), conditional=lambda d, c: pf.Conditional(pf.Inverted(pf.svd_linear(d)), c)),
+    Case("chain", "Chain", _mixed_chain, conditional=lambda d, c: pf.Conditional(_mixed_chain(d), c)),
+    Case("chain_recompute", "Chain", lambda d: _mixed_chain(d, recompute=True), tags=frozenset({"first order"})),
+    Case("chain_image", "Chain", _image_chain, dims=(1, 2), event=lambda d: (d, 2, 4)),
+    Case("chain_empty", "Chain", lambda d: pf.Chain()),
+]  # fmt: skip
+
+ALL = [pytest.param(case, id=case.name) for case in CASES]
+WITH_DIMS = [pytest.param(case, dim, id=f"{case.name}-{dim}") for case in CASES for dim in case.dims]
+SMALL = [pytest.param(case, case.dims[min(1, len(case.dims) - 1)], id=case.name) for case in CASES]
+CONDITIONAL = [pytest.param(case, id=case.name) for case in CASES if case.conditional is not None]
+DTYPES = [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32")]

@@ -1,0 +1,16 @@
+"""Every test starts from the same random numbers and an empty parameter store."""
+
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_start():
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    yield
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.is_grad_enabled()
