@@ -17,7 +17,6 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
-from torch.distributions.utils import _sum_rightmost
 
 __all__ = [
     "Bijection",
@@ -63,6 +62,11 @@ def negative_axis(dim: int, owner: str) -> int:
             "event: -1 for vectors, -3 for the channels of (C, H, W)."
         )
     return dim
+
+
+def sum_rightmost(value: Tensor, count: int) -> Tensor:
+    """Sum the last ``count`` dimensions; torch's own helper fails on empty batches."""
+    return value.sum(tuple(range(-count, 0))) if count else value
 
 
 def positive_int(value: int, name: str, owner: str, minimum: int = 1) -> int:
@@ -128,7 +132,7 @@ class Bijection(TransformModule):
             self.domain = self.codomain = event_constraint(-dim)
         self._batch_shape = torch.Size()
         self._memo: _Entry | None = None
-        self._kept_modules: tuple[nn.Module, ...] | None = None
+        self._kept: tuple[tuple[nn.Module, ...], tuple[nn.Module | None, ...]] | None = None
 
     # ------------------------------------------------------------------ must define
 
@@ -186,8 +190,8 @@ class Bijection(TransformModule):
     def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
         event_dim = (self.codomain if inverse else self.domain).event_dim
         event = self._event_shape(shape, event_dim, inverse)
-        batch = torch.broadcast_shapes(shape[: len(shape) - event_dim], self.batch_shape)
-        return torch.Size(batch + event)
+        batch, own = shape[: len(shape) - event_dim], self.batch_shape
+        return torch.Size((torch.broadcast_shapes(batch, own) if own else batch) + event)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """Return the shape of ``self(x)`` for x of ``shape``; raises ``ValueError`` on a wrong event size."""
@@ -331,29 +335,33 @@ class Bijection(TransformModule):
             and all(map(operator.is_, stamp[1], entry.tensors))
         ):
             return True
-        self._memo = self._kept_modules = None
+        self._memo = None
         return False
 
     def _stamp(self, x: Tensor, y: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, ...]] | None:
         """Return everything an evaluation depends on besides its input, or None where it cannot be known."""
-        kept = self._kept_modules
+        kept = self._kept
         if kept is None:
-            # Walking parameters() costs several times more than reading a kept list of dicts.
-            kept = tuple(self.modules())
-            if any(getattr(module, "_pyro_samples", None) for module in kept):
-                return None  # a Bayesian module draws its parameters anew
-            self._kept_modules = kept
-        tensors: list[Any] = []
-        for module in kept:
+            # Walking parameters() costs several times more than reading the dicts of a kept list of modules.
+            modules = tuple(self.modules())
+            kept = self._kept = modules, tuple(child for m in modules for child in m._modules.values())
+        tensors: list[Tensor | None] = []
+        children: list[nn.Module | None] = []
+        for module in kept[0]:
             attributes = module.__dict__
             tensors += attributes["_parameters"].values()
             tensors += attributes["_buffers"].values()
             if attributes["_modules"]:
-                tensors += attributes["_modules"].values()
+                children += attributes["_modules"].values()
+            if attributes.get("_pyro_samples"):  # a Bayesian module draws its parameters anew
+                return None
+        if len(children) != len(kept[1]) or not all(map(operator.is_, children, kept[1])):
+            self._kept = None  # a module was exchanged: list them again
+            return self._stamp(x, y)
         flags = [torch.is_grad_enabled(), self.training, torch._C._is_any_autocast_enabled()]
         try:
             flags += [x._version, y._version]
-            flags += [item._version for item in tensors if isinstance(item, Tensor)]
+            flags += [tensor._version for tensor in tensors if tensor is not None]
         except RuntimeError:  # inference tensors have no version
             return None
         return tuple(flags), tuple(tensors)
@@ -361,7 +369,7 @@ class Bijection(TransformModule):
     def clear_cache(self) -> None:
         """Forget the last evaluation."""
         self._memo = None
-        self._kept_modules = None
+        self._kept = None
 
     def with_cache(self, cache_size: int = 1) -> Bijection:
         """Return a shallow copy with the given cache size; parameters and modules are shared."""
@@ -375,7 +383,7 @@ class Bijection(TransformModule):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["_inv"] = state["_memo"] = state["_kept_modules"] = None
+        state["_inv"] = state["_memo"] = state["_kept"] = None
         return state
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bijection:
@@ -511,7 +519,7 @@ def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
         return inv_and_ladj(transform.inv, x)
     if isinstance(transform, IndependentTransform):
         y, ladj = call_and_ladj(transform.base_transform, x)
-        return y, _sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
+        return y, sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
     if isinstance(transform, ComposeTransform):
         return _compose_and_ladj(transform, x, inverse=False)
     y = transform(x)
@@ -534,7 +542,7 @@ def inv_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
         return call_and_ladj(transform.inv, y)
     if isinstance(transform, IndependentTransform):
         x, ladj = inv_and_ladj(transform.base_transform, y)
-        return x, _sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
+        return x, sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
     if isinstance(transform, ComposeTransform):
         return _compose_and_ladj(transform, y, inverse=True)
     x = transform.inv(y)
@@ -549,7 +557,7 @@ def _compose_and_ladj(compose: ComposeTransform, value: Tensor, inverse: bool) -
     for part in reversed(compose.parts) if inverse else compose.parts:
         source, target = (part.codomain, part.domain) if inverse else (part.domain, part.codomain)
         value, ladj = step(part, value)
-        ladj = _sum_rightmost(ladj, event_dim - source.event_dim)
+        ladj = sum_rightmost(ladj, event_dim - source.event_dim)
         total = ladj if total is None else total + ladj
         event_dim += target.event_dim - source.event_dim
     return value, torch.zeros_like(value) if total is None else total

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
-from torch.distributions.transforms import _InverseTransform
-from torch.distributions.utils import _sum_rightmost
+from torch.distributions.transforms import ReshapeTransform, _InverseTransform
 
-from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj
-from pyro_invflows.errors import ReconstructionError
+from pyro_invflows.base import Bijection, sum_rightmost
+from pyro_invflows.recompute import recompute
 
 __all__ = ["Chain", "Inverted", "stack"]
 
@@ -143,6 +142,12 @@ def _trace(part: Transform, sizes: Mapping[int, int], inverse: bool) -> dict[int
         return _trace(part.inv, sizes, not inverse)
     if isinstance(part, IndependentTransform):
         return _trace(part.base_transform, sizes, inverse)
+    if isinstance(part, ReshapeTransform):
+        here, there = (part.out_shape, part.in_shape) if inverse else (part.in_shape, part.out_shape)
+        for axis, n in sizes.items():
+            if -len(here) <= axis and here[axis] != n:
+                raise ValueError(f"ReshapeTransform expects {here[axis]} elements along dim {axis}, but got {n}.")
+        return {i - len(there): n for i, n in enumerate(there)}
     source = (part.codomain if inverse else part.domain).event_dim
     method = part.inverse_shape if inverse else part.forward_shape
     if all(axis in sizes for axis in range(-source, 0)) and source:
@@ -298,7 +303,7 @@ class Chain(Bijection, nn.ModuleList):
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
         if self._recomputes(x):
-            return _recompute(self, x, inverse=False)
+            return recompute(self, x, inverse=False)
         return self._plain_forward(x)
 
     def _plain_forward(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -311,7 +316,7 @@ class Chain(Bijection, nn.ModuleList):
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
         if self._recomputes(y):
-            return _recompute(self, y, inverse=True)
+            return recompute(self, y, inverse=True)
         steps = []
         for part in reversed(self.parts):
             x, aux = _evaluate_inverse(part, y)
@@ -325,7 +330,7 @@ class Chain(Bijection, nn.ModuleList):
         total: Tensor | None = None
         event_dim = self.domain.event_dim
         for part, part_x, part_y, part_aux in aux:
-            term = _sum_rightmost(_log_det(part, part_x, part_y, part_aux), event_dim - part.domain.event_dim)
+            term = sum_rightmost(_log_det(part, part_x, part_y, part_aux), event_dim - part.domain.event_dim)
             total = term if total is None else total + term
             event_dim += part.codomain.event_dim - part.domain.event_dim
         return torch.zeros_like(x) if total is None else total
@@ -366,96 +371,6 @@ def _flatten(parts: Iterable[Transform]) -> Iterator[Transform]:
             yield Inverted(part.inv)
         else:
             yield part
-
-
-# ---------------------------------------------------------------------- recomputation
-
-
-def _recompute(chain: Chain, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the output and the forward log-det, keeping only the two ends for the backward pass."""
-    tensors = [t for t in (*chain.parameters(), *chain.buffers()) if t.requires_grad]
-    out, ladj = _Recompute.apply(chain, inverse, value, *tensors)
-    return out, -ladj if inverse else ladj
-
-
-class _Recompute(torch.autograd.Function):
-    """A chain whose backward pass rebuilds the activations by inverting part by part."""
-
-    @staticmethod
-    def forward(ctx: Any, chain: Chain, inverse: bool, value: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        out = value
-        total: Tensor | None = None
-        event_dims = _event_dims(chain, inverse)
-        for part, extra in zip(_walk(chain, inverse), event_dims, strict=True):
-            out, ladj = _step(part, out, inverse)
-            ladj = _sum_rightmost(ladj, extra)
-            total = ladj if total is None else total + ladj
-        if total is None:
-            total = torch.zeros_like(value)
-        if out is value:
-            out = value.clone()
-        ctx.chain, ctx.inverse, ctx.event_dims = chain, inverse, event_dims
-        ctx.save_for_backward(value, out, *tensors)
-        return out, total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
-        value, current, *tensors = ctx.saved_tensors
-        inverse = ctx.inverse
-        grads: list[Tensor | None] = [None] * len(tensors)
-        for part, extra in zip(reversed(_walk(ctx.chain, inverse)), reversed(ctx.event_dims), strict=True):
-            with torch.no_grad():
-                current = _step(part, current, not inverse)[0]
-            with torch.enable_grad():
-                source = current.detach().requires_grad_()
-                out, ladj = _step(part, source, inverse)
-                ladj = _sum_rightmost(ladj, extra)
-                outputs, weights = [out], [grad.sum_to_size(out.shape)]
-                if ladj.requires_grad:
-                    outputs.append(ladj)
-                    weights.append(grad_ladj.sum_to_size(ladj.shape))
-                new = torch.autograd.grad(outputs, [source, *tensors], weights, allow_unused=True)
-            grad = torch.zeros_like(source) if new[0] is None else new[0]
-            for i, g in enumerate(new[1:]):
-                if g is not None:
-                    grads[i] = g if grads[i] is None else grads[i] + g  # type: ignore[operator]
-        _compare(ctx.chain, value, current)
-        return None, None, grad.sum_to_size(value.shape), *grads
-
-
-def _walk(chain: Chain, inverse: bool) -> Sequence[Transform]:
-    return chain.parts[::-1] if inverse else chain.parts
-
-
-def _step(part: Transform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return inv_and_ladj(part, value) if inverse else call_and_ladj(part, value)
-
-
-def _event_dims(chain: Chain, inverse: bool) -> list[int]:
-    """Return, part by part, how many event dimensions of the chain are batch dimensions to the part."""
-    event_dim = (chain.codomain if inverse else chain.domain).event_dim
-    extra = []
-    for part in _walk(chain, inverse):
-        source, target = (part.codomain, part.domain) if inverse else (part.domain, part.codomain)
-        extra.append(event_dim - source.event_dim)
-        event_dim += target.event_dim - source.event_dim
-    return extra
-
-
-def _compare(chain: Chain, given: Tensor, rebuilt: Tensor) -> None:
-    """Raise where the rebuilt input is not the given one: its gradients would be those of another point."""
-    tolerance = torch.finfo(given.dtype).eps ** 0.5
-    given, rebuilt = given.detach(), rebuilt.detach().broadcast_to(torch.broadcast_shapes(given.shape, rebuilt.shape))
-    error = (rebuilt - given).abs() / (1 + given.abs())
-    lost = ~(error <= tolerance) & ~(given.isnan() & rebuilt.isnan())
-    if lost.any():
-        raise ReconstructionError(
-            f"Chain(recompute=True) with {len(chain)} parts rebuilt its input with an error of "
-            f"{error[lost].max().item():.2g} (relative to 1 + |x|; at most {tolerance:.2g} is accepted) in "
-            f"{lost.double().mean().item():.2%} of the elements, so its gradients would be wrong. Use float64, smaller "
-            "weights or recompute=False."
-        )
 
 
 def stack(repeats: int, factory: Callable[..., Transform], *args: Any, **kwargs: Any) -> Chain:

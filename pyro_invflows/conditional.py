@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_invflows.base import Bijection, positive_int
 from pyro_invflows.nn import dense_network
+from pyro_invflows.recompute import inner_layers, rebind
 
 __all__ = ["Conditional"]
 
@@ -67,16 +67,14 @@ class Conditional(ConditionalTransformModule):
             )
         self.context_dim = positive_int(context_dim, "context_dim", "Conditional")
         self.template = template
-        for layer in template.modules():
-            own = getattr(layer, "context_dim", 0)
-            if isinstance(layer, Bijection) and own not in (0, context_dim):
+        for name, width in _contexts(template):
+            if width != context_dim:
                 raise ValueError(
-                    f"Conditional: {type(layer).__name__} was built with context_dim={own}, but the context has "
+                    f"Conditional: the layer of '{name}' was built with context_dim={width}, but the context has "
                     f"{context_dim}."
                 )
         self._shapes = {name: parameter.shape for name, parameter in _own_parameters(template)}
-        takes_context = any(getattr(layer, "context_dim", 0) for layer in template.modules())
-        if not self._shapes and not takes_context:
+        if not self._shapes and not any(_contexts(template)):
             raise ValueError(
                 f"{type(template).__name__} cannot be conditioned: it has no parameters of its own. Couplings take a "
                 "context when built with context_dim=...; use layers without parameters as they are."
@@ -108,13 +106,13 @@ class Conditional(ConditionalTransformModule):
                 f"Conditional: context and parameters must have the same dtype, but got {context.dtype} and "
                 f"{reference.dtype}. Convert one of them."
             )
-        values: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {name: context for name, _ in _contexts(self.template)}
         if self.hypernet is not None:
             sizes = [shape.numel() for shape in self._shapes.values()]
             pieces = self.hypernet(context).split(sizes, dim=-1)
             for (name, parameter), piece in zip(_own_parameters(self.template), pieces, strict=True):
                 values[name] = parameter + piece.reshape(context.shape[:-1] + parameter.shape)
-        return _rebind(self.template, values, context)
+        return rebind(self.template, values, context.shape[:-1])
 
     def forward(self, context: Tensor) -> Bijection:
         """Return ``condition(context)``."""
@@ -128,14 +126,8 @@ class Conditional(ConditionalTransformModule):
 def _layers(layer: Bijection, prefix: str = "") -> Iterator[tuple[str, Bijection]]:
     """Walk a layer and the layers that it is made of, not their sub-networks."""
     yield prefix, layer
-    for name, child in layer._modules.items():
-        if _is_part(name, child):
-            yield from _layers(child, f"{prefix}{name}.")
-
-
-def _is_part(name: str, child: nn.Module | None) -> bool:
-    # What stands inside torch's own wrappers ("inner_...") cannot be exchanged there.
-    return isinstance(child, Bijection) and not name.startswith("inner_")
+    for name, child in inner_layers(layer).items():
+        yield from _layers(child, f"{prefix}{name}.")
 
 
 def _own_parameters(template: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
@@ -145,24 +137,8 @@ def _own_parameters(template: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
                 yield prefix + name, parameter
 
 
-def _rebind(layer: Bijection, values: dict[str, Tensor], context: Tensor, prefix: str = "") -> Bijection:
-    """Return a shallow copy with ``values`` as buffers in place of its own parameters, here and in inner layers.
-
-    A copy, not ``functional_call``: that one swaps tensors on the shared template, which is not thread-safe.
-    """
-    new = copy.copy(layer)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[registry] = dict(layer.__dict__[registry])
-    new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
-    for name in layer._parameters:
-        if prefix + name in values:
-            del new._parameters[name]
-            new.register_buffer(name, values[prefix + name], persistent=False)
-    for name, child in layer._modules.items():
-        if _is_part(name, child):
-            new._modules[name] = _rebind(child, values, context, f"{prefix}{name}.")
-    if getattr(layer, "context_dim", 0):
-        new._buffers["context"] = context
-    if getattr(layer, "context_dim", 0) or any(prefix + name in values for name in layer._parameters):
-        new._batch_shape = context.shape[:-1]
-    return new
+def _contexts(template: Bijection) -> Iterator[tuple[str, int]]:
+    """Return the names under which layers take the context itself, with the width they were built for."""
+    for prefix, layer in _layers(template):
+        if getattr(layer, "context_dim", 0):
+            yield f"{prefix}context", layer.context_dim

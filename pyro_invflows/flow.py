@@ -11,9 +11,8 @@ from pyro.distributions import ConditionalDistribution, TransformedDistribution
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform, constraints, transform_to
-from torch.distributions.utils import _sum_rightmost
 
-from pyro_invflows.base import call_and_ladj, inv_and_ladj
+from pyro_invflows.base import call_and_ladj, inv_and_ladj, sum_rightmost
 from pyro_invflows.compose import Chain
 
 __all__ = ["Flow", "FlowDistribution"]
@@ -42,20 +41,20 @@ class FlowDistribution(TransformedDistribution):
         total: Tensor | float = 0.0
         for transform in reversed(self.transforms):
             value, ladj = inv_and_ladj(transform, value)
-            total = total + _sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
+            total = total + sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
-        return total + _sum_rightmost(self.base_dist.log_prob(value), event_dim - len(self.base_dist.event_shape))
+        return total + sum_rightmost(self.base_dist.log_prob(value), event_dim - len(self.base_dist.event_shape))
 
     def rsample_with_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer."""
         value = self.base_dist.rsample(torch.Size(sample_shape))
         total = self.base_dist.log_prob(value)
         base_batch = len(self.base_dist.event_shape)
-        total = _sum_rightmost(total, self._base_event_dim() - base_batch)
+        total = sum_rightmost(total, self._base_event_dim() - base_batch)
         event_dim = self._base_event_dim()
         for transform in self.transforms:
             value, ladj = call_and_ladj(transform, value)
-            total = total - _sum_rightmost(ladj, event_dim - transform.domain.event_dim)
+            total = total - sum_rightmost(ladj, event_dim - transform.domain.event_dim)
             event_dim += transform.codomain.event_dim - transform.domain.event_dim
         return value, total
 

@@ -98,6 +98,10 @@ def _image_chain(dim: int) -> pf.Chain:
     )
 
 
+def _negative_diagonal(dim: int) -> pf.Diagonal:
+    return pf.Diagonal.from_matrix(torch.diag((-1.2) ** torch.arange(1, dim + 1)))
+
+
 CASES = [
     Case("sigmoid", "Sigmoid", pf.sigmoid),
     Case("tanh", "Tanh", pf.tanh),
@@ -110,7 +114,9 @@ CASES = [
     Case("interval", "Interval", lambda d: pf.interval(d, low=-1.5, high=4.0)),
     Case("permute", "Permute", pf.permute),
     Case("permute_image", "Permute", lambda d: pf.permute(d, dim=-3), event=image),
-    Case("pixel_shuffle", "PixelShuffle", lambda d: pf.pixel_shuffle(4 * d), dims=(1, 2), event=lambda d: (4 * d, 2, 3)),
+    Case(
+        "pixel_shuffle", "PixelShuffle", lambda d: pf.pixel_shuffle(4 * d), dims=(1, 2), event=lambda d: (4 * d, 2, 3)
+    ),
     Case("shift", "Shift", pf.shift, conditional=pf.conditional_shift),
     Case(
         "shift_image",
@@ -121,7 +127,9 @@ CASES = [
         conditional=lambda d, c: pf.conditional_shift(d, c, dim=-3),
     ),
     Case("diagonal", "Diagonal", pf.diagonal, conditional=pf.conditional_diagonal),
-    Case("diagonal_negative", "Diagonal", lambda d: pf.Diagonal.from_matrix(torch.diag((-1.5) ** torch.arange(1, d + 1)))),
+    Case(
+        "diagonal_negative", "Diagonal", lambda d: pf.Diagonal.from_matrix(torch.diag((-1.5) ** torch.arange(1, d + 1)))
+    ),
     Case(
         "diagonal_image",
         "Diagonal",
@@ -163,7 +171,13 @@ CASES = [
         dims=(1, 5),
         conditional=lambda d, c: pf.Conditional(pf.affine_coupling(d, split_dim=0), c),
     ),
-    Case("coupling_sequence", "AffineCoupling", lambda d: pf.affine_coupling(d, [4], dim=-2), event=lambda d: (d, 3), dims=(1, 2)),
+    Case(
+        "coupling_sequence",
+        "AffineCoupling",
+        lambda d: pf.affine_coupling(d, [4], dim=-2),
+        event=lambda d: (d, 3),
+        dims=(1, 2),
+    ),
     Case(
         "coupling_image",
         "AffineCoupling",
@@ -172,12 +186,17 @@ CASES = [
         event=image,
         conditional=lambda d, c: pf.conditional_affine_coupling(d, c, [4], dim=-3),
     ),
-    Case("inverted", "Inverted", lambda d: pf.Inverted(pf.svd_linear(d)), conditional=lambda d, c: pf.Conditional(pf.Inverted(pf.svd_linear(d)), c)),
+    Case(
+        "inverted",
+        "Inverted",
+        lambda d: pf.Inverted(pf.svd_linear(d)),
+        conditional=lambda d, c: pf.Conditional(pf.Inverted(pf.svd_linear(d)), c),
+    ),
     Case("chain", "Chain", _mixed_chain, conditional=lambda d, c: pf.Conditional(_mixed_chain(d), c)),
     Case("chain_recompute", "Chain", lambda d: _mixed_chain(d, recompute=True), tags=frozenset({"first order"})),
     Case("chain_image", "Chain", _image_chain, dims=(1, 2), event=lambda d: (d, 2, 4)),
     Case("chain_empty", "Chain", lambda d: pf.Chain()),
-]  # fmt: skip
+]
 
 ALL = [pytest.param(case, id=case.name) for case in CASES]
 WITH_DIMS = [pytest.param(case, dim, id=f"{case.name}-{dim}") for case in CASES for dim in case.dims]

@@ -1,6 +1,9 @@
 """Root finders and implicit gradients: tensors and callables only, nothing here knows a transform."""
 
+from pyro_invflows.solvers.implicit import implicit_gradient
 from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, dense_jacobian
+from pyro_invflows.solvers.rows import iterate
+from pyro_invflows.solvers.scalar import Bisection
 from pyro_invflows.solvers.solution import Settings, Solution, Status, finish
 from pyro_invflows.solvers.tanh import (
     solve_tanh,
@@ -12,6 +15,7 @@ from pyro_invflows.solvers.tanh import (
 
 __all__ = [
     "Anderson",
+    "Bisection",
     "FixedPoint",
     "Newton",
     "Settings",
@@ -19,6 +23,8 @@ __all__ = [
     "Status",
     "dense_jacobian",
     "finish",
+    "implicit_gradient",
+    "iterate",
     "solve_tanh",
     "solve_triangular_tanh",
     "tanh_root",

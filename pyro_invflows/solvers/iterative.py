@@ -69,7 +69,7 @@ class FixedPoint(Settings):
 class Anderson(Settings):
     """Accelerates the fixed point by the combination of the last steps with the smallest residual.
 
-    Each row has its own memory, and forgets it when its residual grows to more than twice.
+    Each row has its own memory, and forgets it when its residual grows a hundredfold in one step.
 
     Args:
         memory: Steps remembered, 3 to 5 as a rule.
@@ -129,7 +129,7 @@ class Anderson(Settings):
             change = flat - gamma.mT @ (dr - dx)
             new_x = x - change.reshape(x.shape)
             new_r = residual(new_x, *args)
-            grown = new_r.reshape(*count.shape, size).norm(dim=-1) > 2 * flat.squeeze(-2).norm(dim=-1)
+            grown = new_r.reshape(*count.shape, size).norm(dim=-1) > 100 * flat.squeeze(-2).norm(dim=-1)
             slot = (slots == (count % self.memory).unsqueeze(-1)).unsqueeze(-1) & ~grown[..., None, None]
             dx = torch.where(slot, (new_x - x).reshape(flat.shape), where_rows(grown, torch.zeros_like(dx), dx))
             dr = torch.where(slot, (new_r - r).reshape(flat.shape), where_rows(grown, torch.zeros_like(dr), dr))
@@ -254,9 +254,9 @@ def dense_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: i
     """
     batch = x.shape[: x.dim() - event_dim]
     if torch._C._are_functorch_transforms_active():
-        value, vjp = torch.func.vjp(function, x)
+        value, pullback, *_ = torch.func.vjp(function, x)
         size = value.shape[len(batch) :].numel()
-        rows = [vjp(basis)[0] for basis in _bases(value, batch, size)]
+        rows = [pullback(basis)[0] for basis in _bases(value, batch, size)]
         return torch.stack(rows, dim=len(batch)).reshape(*batch, size, size)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -264,7 +264,7 @@ def dense_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: i
         return jacobian_of(value, x, event_dim)
 
 
-def jacobian_of(value: Tensor, x: Tensor, event_dim: int = 1) -> Tensor:
+def jacobian_of(value: Tensor, x: Tensor, event_dim: int = 1, *, create_graph: bool = False) -> Tensor:
     """Return ``d value / d x`` ``(*B, E, E)`` from the graph that made ``value``, which is kept."""
     batch = x.shape[: x.dim() - event_dim]
     size = x.shape[len(batch) :].numel()
@@ -272,7 +272,7 @@ def jacobian_of(value: Tensor, x: Tensor, event_dim: int = 1) -> Tensor:
         return x.new_zeros(*batch, size, size)
     rows = []
     for basis in _bases(value, batch, size):
-        (row,) = torch.autograd.grad(value, x, basis, retain_graph=True, allow_unused=True)
+        (row,) = torch.autograd.grad(value, x, basis, retain_graph=True, create_graph=create_graph, allow_unused=True)
         rows.append(torch.zeros_like(x) if row is None else row)
     return torch.stack(rows, dim=len(batch)).reshape(*batch, size, size)
 

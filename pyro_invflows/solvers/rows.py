@@ -19,6 +19,7 @@ State = tuple[Tensor, ...]
 Step = Callable[[Residual, Tensor, Tensor, State, tuple[Tensor, ...]], tuple[Tensor, Tensor, State]]
 
 
+@torch.no_grad()
 def iterate(
     settings: Settings,
     residual: Residual,
@@ -48,15 +49,12 @@ def iterate(
     """
     batch = x0.shape[: x0.dim() - event_dim]
     atol, rtol = settings.tolerances(x0.dtype)
-    scale_of_row = row_max(x0 if scale is None else scale, event_dim)
     hidden = in_transform()
     x, r = x0, residual(x0, *args)
 
-    def tolerance(x: Tensor, scale_of_row: Tensor) -> Tensor:
-        return atol + rtol * torch.maximum(scale_of_row, row_max(x, event_dim))
-
+    tolerance = atol + rtol * row_max(x0 if scale is None else scale, event_dim)
     error = row_max(r, event_dim)
-    met = error <= tolerance(x, scale_of_row)
+    met = error <= tolerance
     left = torch.where(met, polish, polish + 1)
     active = error.isfinite() & (left > 0)
     steps = torch.zeros_like(error, dtype=torch.int32)
@@ -77,8 +75,8 @@ def iterate(
                     for all_rows, some in zip(whole, now, strict=True):
                         all_rows[rows] = some
                     rows = rows[active]
-                x, r, error, met, steps, left, scale_of_row, *rest = (
-                    t[active] for t in (x, r, error, met, steps, left, scale_of_row, *state, *args)
+                x, r, error, met, steps, left, tolerance, *rest = (
+                    t[active] for t in (x, r, error, met, steps, left, tolerance, *state, *args)
                 )
                 state, args = tuple(rest[: len(state)]), tuple(rest[len(state) :])
                 active = torch.ones_like(met)
@@ -86,7 +84,7 @@ def iterate(
         active = active & ((steps < settings.max_steps) | met)
         new_x, new_r, state = step(residual, x, r, state, args)
         new_error = row_max(new_r, event_dim)
-        new_met = new_error <= tolerance(new_x, scale_of_row)
+        new_met = new_error <= tolerance
         # while polishing, only improvements are taken
         take = active & (~met | (new_error < error))
         x, r = where_rows(take, new_x, x), where_rows(take, new_r, r)

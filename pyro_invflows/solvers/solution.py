@@ -26,10 +26,10 @@ class Status(IntEnum):
 
 #: What a status means and what helps; the text of the error.
 REMEDIES = {
-    Status.MAX_STEPS: "Allow more steps (max_steps), use a stronger solver (Newton rather than Anderson or FixedPoint), "
-    "use float64, loosen atol and rtol, or shrink the parameters.",
-    Status.NONFINITE: "The iterates overflowed: use float64 or a damped Newton, shrink the parameters, or keep y within "
-    "the range of the training data.",
+    Status.MAX_STEPS: "Allow more steps (max_steps), use a stronger solver (Newton rather than Anderson or "
+    "FixedPoint), use float64, loosen atol and rtol, or shrink the parameters.",
+    Status.NONFINITE: "The iterates overflowed: use float64 or a damped Newton, shrink the parameters, or keep y "
+    "within the range of the training data.",
     Status.NO_BRACKET: "No sign change was found: y lies outside the range of the transform, or the transform is not "
     "monotone.",
 }
@@ -62,8 +62,7 @@ class Solution(NamedTuple):
 class Settings:
     """What every solver is told.
 
-    A row has converged when ``|f(x) - y| <= atol + rtol * |y|`` in the largest norm, with the larger of x and y for
-    :math:`|y|`, since rounding alone moves f(x) by that much.
+    A row has converged when ``|f(x) - y| <= atol + rtol * |y|`` in the largest norm.
 
     Args:
         atol: Absolute tolerance; the default is ``eps ** 0.75`` of the dtype (2e-12 in float64, 6e-6 in float32).
@@ -159,7 +158,7 @@ def _message(solution: Solution, failed: Tensor, owner: str, settings: Settings)
     atol, rtol = settings.tolerances(solution.value.dtype)
     kinds = solution.status[failed].unique().tolist()
     return (
-        f"{owner}: the inverse did not converge in {count} of {failed.numel()} rows ({count / failed.numel():.3g} of the "
-        f"batch) after {steps} steps; worst residual in y: {worst}, accepted: {atol:.2g} + {rtol:.2g} |y|. "
+        f"{owner}: the inverse did not converge in {count} of {failed.numel()} rows ({count / failed.numel():.3g} of "
+        f"the batch) after {steps} steps; worst residual in y: {worst}, accepted: {atol:.2g} + {rtol:.2g} |y|. "
         + " ".join(REMEDIES[Status(kind)] for kind in kinds)
     )

@@ -5,7 +5,8 @@ of zero: Newton's method from the right end of its bracket ``|s - c| <= |d - 1|`
 needs no safeguard. The triangular system :math:`s + T \tanh(s) = c`, with :math:`T_{ii} = d_i - 1`, is m of them by
 back-substitution; cheaper iterations are tried first.
 
-The functions ``*_root`` carry their implicit gradient, to any order, in reverse and forward mode, and under ``torch.func``.
+The functions ``*_root`` carry their implicit gradient, to any order, in reverse and forward mode, and under
+``torch.func``.
 """
 
 from __future__ import annotations
@@ -200,6 +201,12 @@ class _System:
         return Solution(s, status, steps, r.amax(-1))
 
 
+def _triangular_step(system: _System, s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    matrix = _newton_matrix(torch.tanh(s), system.strict, system.d)
+    s = s - torch.linalg.solve_triangular(matrix, r.unsqueeze(-1), upper=True).squeeze(-1)
+    return s, system.residual(s)
+
+
 def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> tuple[Tensor, Tensor, Tensor]:
     """Solve by triangular Newton steps, then by back-substitution; the rows are one flat dimension."""
     s = torch.where(s.isfinite(), s, _start(system.c, system.d))  # a diagonal step may have thrown a row far out
@@ -209,13 +216,14 @@ def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> t
     for _ in range(settings.max_steps):
         if not active.any():
             break
-        some = system.rows(active)
-        matrix = _newton_matrix(torch.tanh(s[active]), some.strict, some.d)
-        step = torch.linalg.solve_triangular(matrix, r[active].unsqueeze(-1), upper=True).squeeze(-1)
-        s[active] = s[active] - step
-        r[active] = some.residual(s[active])
+        s[active], r[active] = _triangular_step(system.rows(active), s[active], r[active])
         steps += active
         active = ~(r.abs() <= goal * system.size).all(-1)
+    done = ~active
+    if settings.polish and done.any():  # to rounding, as above
+        new_s, new_r = _triangular_step(system.rows(done), s[done], r[done])
+        better = (new_r.abs().amax(-1) <= r[done].abs().amax(-1)).unsqueeze(-1)
+        s[done], r[done] = torch.where(better, new_s, s[done]), torch.where(better, new_r, r[done])
     if active.any():
         some = system.rows(active)
         s[active] = some.back_substitution(Newton())
@@ -316,7 +324,8 @@ class _TriangularRoot(torch.autograd.Function):
 def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: list[int]) -> list[Tensor]:
     """Move vmap's dimension to the front of the batch dimensions, which then line up from the right."""
     depth = max(
-        t.dim() - (dim is not None) - event for t, dim, event in zip(tensors, in_dims[: len(tensors)], events, strict=True)
+        t.dim() - (dim is not None) - event
+        for t, dim, event in zip(tensors, in_dims[: len(tensors)], events, strict=True)
     )
     moved = []
     for t, dim, event in zip(tensors, in_dims[: len(tensors)], events, strict=True):

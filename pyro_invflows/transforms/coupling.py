@@ -103,7 +103,7 @@ class AffineCoupling(Bijection):
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         super()._check(value, inverse)
-        if value.shape[self.dim] <= self.split_dim:
+        if self.input_dim is None and value.shape[self.dim] <= self.split_dim:
             raise ValueError(
                 f"AffineCoupling with split_dim={self.split_dim} needs more than that many elements along dim "
                 f"{self.dim}, but got {value.shape[self.dim]}."
@@ -113,6 +113,8 @@ class AffineCoupling(Bijection):
         """Return the raw log-scale and shift, ``(*batch, ..., *spatial)``."""
         if self.hypernet is None:
             return self.constants.reshape(self.constants.shape + (1,) * (-self.dim - 1))
+        if self.dim == -1 and not self.context_dim:
+            return self.hypernet(x1)
         spatial = x1.shape[x1.dim() + self.dim + 1 :]
         batch = x1.shape[: self.dim]
         if self.context_dim:
@@ -141,19 +143,19 @@ class AffineCoupling(Bijection):
             )
         if self.scale is None:
             return None, raw
-        raw_scale, shift = raw.split(size, dim=self.dim)
+        raw_scale, shift = raw.chunk(2, dim=self.dim)
         return self.max_log_scale * torch.tanh(raw_scale / self.max_log_scale), shift
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         size = x.shape[self.dim] - self.split_dim
-        x1, x2 = x.split((self.split_dim, size), dim=self.dim)
+        x1, x2 = x.split_with_sizes((self.split_dim, size), dim=self.dim)
         log_scale, shift = self._scale_and_shift(x1, size)
         y2 = x2 + shift if log_scale is None else torch.addcmul(shift, x2, log_scale.exp())
         return self._join(x1, y2), log_scale
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         size = y.shape[self.dim] - self.split_dim
-        y1, y2 = y.split((self.split_dim, size), dim=self.dim)
+        y1, y2 = y.split_with_sizes((self.split_dim, size), dim=self.dim)
         log_scale, shift = self._scale_and_shift(y1, size)
         x2 = y2 - shift if log_scale is None else (y2 - shift) * (-log_scale).exp()
         return self._join(y1, x2), log_scale

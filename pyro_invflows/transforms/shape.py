@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_invflows.base import VolumePreserving, event_constraint, positive_int
@@ -125,11 +124,18 @@ class PixelShuffle(VolumePreserving):
         super()._check(value, inverse)
         self._event_shape(value.shape, 3, inverse)
 
+    # Written out, because torch's pixel_unshuffle returns an empty batch in its input's shape.
     def _function(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(x, self.upscale_factor)
+        r = self.upscale_factor
+        *batch, c, h, w = x.shape
+        blocks = x.reshape(*batch, c // (r * r), r, r, h, w)  # (*B, C, i, j, H, W)
+        return blocks.movedim((-4, -3), (-3, -1)).reshape(*batch, c // (r * r), r * h, r * w)
 
     def _inverse_function(self, y: Tensor) -> Tensor:
-        return F.pixel_unshuffle(y, self.upscale_factor)
+        r = self.upscale_factor
+        *batch, c, h, w = y.shape
+        blocks = y.reshape(*batch, c, h // r, r, w // r, r)  # (*B, C, H, i, W, j)
+        return blocks.movedim((-3, -1), (-4, -3)).reshape(*batch, c * r * r, h // r, w // r)
 
     def extra_repr(self) -> str:
         return str(self.upscale_factor)

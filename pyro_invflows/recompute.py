@@ -1,0 +1,191 @@
+"""Backward passes that rebuild activations by inverting a chain part by part, instead of keeping them.
+
+One autograd function whose inputs are every tensor that the chain's result depends on: the value and each of the
+``parameters()`` and ``buffers()`` that requires a gradient. First derivatives only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, sum_rightmost
+from pyro_invflows.errors import ReconstructionError
+
+__all__ = ["inner_layers", "rebind", "recompute"]
+
+
+def inner_layers(layer: Bijection) -> dict[str, Bijection]:
+    """Return the layers that a structure (a chain, an inverse) is made of, by attribute; not its sub-networks."""
+    return {
+        name: child
+        for name, child in layer._modules.items()
+        # what stands inside torch's own wrappers ("inner_...") cannot be exchanged there
+        if isinstance(child, Bijection) and not name.startswith("inner_")
+    }
+
+
+def rebind(
+    layer: Bijection, values: Mapping[str, Tensor], batch_shape: torch.Size | None = None, prefix: str = ""
+) -> Bijection:
+    """Return a shallow copy with ``values`` as buffers in place of own tensors, here and in inner layers.
+
+    A copy, not ``functional_call``: that one swaps tensors on the shared layer, which is not thread-safe.
+
+    Args:
+        layer: The layer; it is left alone.
+        values: Tensors by the name that ``named_parameters()`` and ``named_buffers()`` give them.
+        batch_shape: Batch shape of the layers that receive a value, where it changes.
+        prefix: Path of ``layer`` in the names.
+    """
+    new = copy.copy(layer)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[registry] = dict(layer.__dict__[registry])
+    new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
+    for name in (*layer._parameters, *layer._buffers):
+        if prefix + name in values:
+            new._parameters.pop(name, None)
+            new._buffers[name] = values[prefix + name]
+            new._non_persistent_buffers_set.add(name)
+            if batch_shape is not None:
+                new._batch_shape = batch_shape
+    for name, child in inner_layers(layer).items():
+        new._modules[name] = rebind(child, values, batch_shape, f"{prefix}{name}.")
+    return new
+
+
+def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Evaluate a chain, keeping only its two ends for the backward pass.
+
+    Args:
+        chain: A layer with ``parts``.
+        value: Its input, in the direction asked for.
+        inverse: Run it backwards.
+
+    Returns:
+        The output and the log-det of the **forward** map.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in (*chain.named_parameters(), *chain.named_buffers())
+        if tensor is not None and tensor.requires_grad
+    }
+    # A conditioned layer's tensors hang on the context's graph. The inner backward passes must stop at them: one that
+    # went on would count the path to the context twice.
+    cut = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if not tensor.is_leaf}
+    twin = rebind(chain, cut) if cut else chain
+    inner = [cut.get(name, tensor) for name, tensor in tensors.items()]
+    out, ladj = _Recompute.apply(twin, inner, inverse, value, *tensors.values())
+    return out, -ladj if inverse else ladj
+
+
+class _Recompute(torch.autograd.Function):
+    """Inputs: the value, then the tensors. Outputs: the value on the other side, and the log-det of this direction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chain: Any, inner: list[Tensor], inverse: bool, value: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out = value
+        total: Tensor | None = None
+        event_dims = _event_dims(chain, inverse)
+        for part, extra in zip(_walk(chain, inverse), event_dims, strict=True):
+            out, ladj = _step(part, out, inverse)
+            ladj = sum_rightmost(ladj, extra)
+            total = ladj if total is None else total + ladj
+        if out is value:
+            out = value.clone()
+        ctx.chain, ctx.inner, ctx.inverse, ctx.event_dims = chain, inner, inverse, event_dims
+        ctx.save_for_backward(value, out, *tensors)
+        return out, torch.zeros_like(value) if total is None else total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
+        value, current, *tensors = ctx.saved_tensors
+        wants_graph = torch.is_grad_enabled()
+        grads: list[Tensor | None] = [None] * len(tensors)
+        current = current.detach()
+        with torch.no_grad():
+            steps = zip(reversed(_walk(ctx.chain, ctx.inverse)), reversed(ctx.event_dims), strict=True)
+            for part, extra in steps:
+                current = part(current) if ctx.inverse else part.inv(current)
+                new = _part_gradients(part, current, ctx, extra, grad, grad_ladj)
+                grad = torch.zeros_like(current) if new[0] is None else new[0]
+                for i, g in enumerate(new[1:]):
+                    if g is not None:
+                        old = grads[i]
+                        grads[i] = g if old is None else old + g
+        _compare(ctx.chain, value, current)
+        results: list[Tensor | None] = [grad.sum_to_size(value.shape), *grads]
+        if wants_graph:  # create_graph=True: what follows must not take these gradients for constants
+            anchors = [t for t in (value, *tensors) if t.requires_grad]
+            results = list(_FirstOrderOnly.apply(len(results), *results, *anchors))
+        return None, None, None, *results
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Passes gradients on and refuses to differentiate them."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.clone() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "Chain(recompute=True) gives first derivatives only: its gradients cannot be differentiated again. Use "
+            "recompute=False."
+        )
+
+
+def _part_gradients(
+    part: Transform, source: Tensor, ctx: Any, extra: int, grad: Tensor, grad_ladj: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of one part to its input and to every tensor of the chain."""
+    with torch.enable_grad():
+        source = source.detach().requires_grad_()
+        out, ladj = _step(part, source, ctx.inverse)
+        ladj = sum_rightmost(ladj, extra)
+        outputs, weights = [out], [grad.sum_to_size(out.shape)]
+        if ladj.requires_grad:
+            outputs.append(ladj)
+            weights.append(grad_ladj.sum_to_size(ladj.shape))
+        return torch.autograd.grad(outputs, [source, *ctx.inner], weights, allow_unused=True)
+
+
+def _walk(chain: Any, inverse: bool) -> Sequence[Transform]:
+    return chain.parts[::-1] if inverse else chain.parts
+
+
+def _step(part: Transform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return inv_and_ladj(part, value) if inverse else call_and_ladj(part, value)
+
+
+def _event_dims(chain: Any, inverse: bool) -> list[int]:
+    """Return, part by part, how many event dimensions of the chain are batch dimensions to the part."""
+    event_dim = (chain.codomain if inverse else chain.domain).event_dim
+    extra = []
+    for part in _walk(chain, inverse):
+        source, target = (part.codomain, part.domain) if inverse else (part.domain, part.codomain)
+        extra.append(event_dim - source.event_dim)
+        event_dim += target.event_dim - source.event_dim
+    return extra
+
+
+def _compare(chain: Any, given: Tensor, rebuilt: Tensor) -> None:
+    """Raise where the rebuilt input is not the given one: its gradients would be those of another point."""
+    tolerance = torch.finfo(given.dtype).eps ** 0.5
+    error = (rebuilt - given.detach()).abs() / (1 + given.detach().abs())
+    lost = ~(error <= tolerance) & ~(given.isnan() & rebuilt.isnan())
+    if lost.any():
+        raise ReconstructionError(
+            f"Chain(recompute=True) with {len(chain)} parts rebuilt its input with an error of "
+            f"{error[lost].max().item():.2g} (relative to 1 + |x|; at most {tolerance:.2g} is accepted) in "
+            f"{lost.double().mean().item():.2%} of the elements, so its gradients would be wrong. Use float64, smaller "
+            "weights or recompute=False."
+        )

@@ -1,0 +1,215 @@
+r"""The gradient of a root, from the residual alone.
+
+Where :math:`F(x, \theta) = 0` defines :math:`x(\theta)`, the implicit function theorem gives :math:`dx = -J^{-1}
+\partial_\theta F\, d\theta` with :math:`J = \partial_x F`. The root is found without a graph; one more evaluation of
+the residual there carries the graph to y and to every parameter that takes part, and nobody lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_invflows import linalg
+from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
+from pyro_invflows.solvers.solution import Settings, finish
+
+__all__ = ["implicit_gradient"]
+
+STRUCTURES = ("dense", "elementwise", "autoregressive", "iterative")
+
+
+def implicit_gradient(
+    residual: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    structure: str = "dense",
+    event_dim: int = 1,
+    order: int = 1,
+    diagonal: Callable[[Tensor], Tensor] | None = None,
+    solver: Settings | None = None,
+    owner: str = "implicit_gradient",
+) -> Tensor:
+    """Return x with the graph of the equation ``residual(x) = 0`` attached.
+
+    The linear solve in the backward pass is exact for ``"dense"`` (E vector-Jacobian products and a general solve),
+    ``"elementwise"`` (one product) and ``"autoregressive"`` (sweeps that end by themselves after at most E, because
+    the Jacobian is triangular in some order; E is the event size), and iterative for ``"iterative"``.
+
+    Reverse mode; forward mode too where the structure is dense or elementwise. Under ``torch.func`` these two take
+    Newton steps with a graph instead, whose derivatives are right up to the third.
+
+    Args:
+        residual: Row by row ``x -> f(x) - y``, closing over y and the parameters.
+        x: A root ``(*B, *E)``; it is taken as a constant.
+        structure: What is known about the Jacobian.
+        event_dim: Number of dimensions of E.
+        order: 1 keeps one evaluation, and its second derivatives raise; 2 (dense and elementwise) takes two Newton
+            steps with a graph, right for derivatives up to the third and dearer.
+        diagonal: ``x -> diag(J)``, without graph; needed for ``"autoregressive"``.
+        solver: For ``"iterative"``: the solver of the linear equation, with its own tolerance.
+        owner: Whom an error names.
+
+    Raises:
+        ValueError: if the structure or the order is unknown, or they do not go together.
+        NotImplementedError: later, in a second derivative at order 1.
+        ConvergenceError: later, if the iterative solve fails in the backward pass.
+
+    Example:
+        >>> from pyro_invflows.solvers import Newton, implicit_gradient
+        >>> a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        >>> y = torch.tensor([[1.0]], dtype=torch.float64)
+        >>> with torch.no_grad():
+        ...     x = Newton()(lambda x, y: a * x - y, y, y).value
+        >>> x = implicit_gradient(lambda x: a * x - y, x)
+        >>> torch.autograd.grad(x.sum(), a)[0]  # -y / a^2
+        tensor(-0.2500, dtype=torch.float64)
+    """
+    if structure not in STRUCTURES:
+        raise ValueError(f"{owner}: structure must be one of {STRUCTURES}, but got {structure!r}.")
+    exact = structure in ("dense", "elementwise")
+    if order not in (1, 2) or (order == 2 and not exact):
+        raise ValueError(
+            f"{owner}: order must be 1, or 2 where the structure is dense or elementwise, but got {order!r}."
+        )
+    if structure == "autoregressive" and diagonal is None:
+        raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
+    x = x.detach()
+    functorch = torch._C._are_functorch_transforms_active()
+    if functorch or order == 2:
+        if not exact:
+            raise NotImplementedError(
+                f"{owner}: the {structure} implicit gradient does not work under torch.func; use torch.autograd, or a "
+                "dense structure where the event is small."
+            )
+        if not functorch and not torch.is_grad_enabled():
+            return x
+        for _ in range(2):
+            x = _newton_step(residual, x, structure, event_dim)
+        return x
+    value = residual(x)
+    if not value.requires_grad and not _is_dual(value):
+        return x
+    return _Attach.apply(value, x, residual, structure, event_dim, diagonal, solver or Anderson(), owner)
+
+
+def _is_dual(value: Tensor) -> bool:
+    return torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+
+
+def _diagonal(residual: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """Return ``F(x)`` and the diagonal of an elementwise residual's Jacobian."""
+    if torch._C._are_functorch_transforms_active():
+        value, pullback, *_ = torch.func.vjp(residual, x)
+        return value, pullback(torch.ones_like(value))[0]
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        value = residual(x)
+        (slope,) = torch.autograd.grad(value, x, torch.ones_like(value), create_graph=create_graph)
+    return value, slope
+
+
+def _newton_step(residual: Callable[[Tensor], Tensor], x: Tensor, structure: str, event_dim: int) -> Tensor:
+    """Take a Newton step whose graph is kept: from a root it moves by rounding only, but brings the derivatives."""
+    if structure == "elementwise":
+        value, slope = _diagonal(residual, x, create_graph=True)
+        return x - value / slope
+    if torch._C._are_functorch_transforms_active():
+        value, jacobian = residual(x), dense_jacobian(residual, x, event_dim)
+    else:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        value = residual(x)
+        jacobian = jacobian_of(value, x, event_dim, create_graph=True)
+    step = linalg.solve(jacobian, value.reshape(*jacobian.shape[:-1], 1))
+    return x - step.reshape(x.shape)
+
+
+class _Attach(torch.autograd.Function):
+    """Passes on x; its derivative is ``-J^{-1}`` times that of the residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        x: Tensor,
+        residual: Callable[[Tensor], Tensor],
+        structure: str,
+        event_dim: int,
+        diagonal: Callable[[Tensor], Tensor] | None,
+        solver: Settings,
+        owner: str,
+    ) -> Tensor:
+        ctx.residual, ctx.structure, ctx.event_dim = residual, structure, event_dim
+        ctx.diagonal, ctx.solver, ctx.owner = diagonal, solver, owner
+        ctx.x = x  # a constant
+        ctx.save_for_backward(value)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            value = ctx.residual(x)
+        constant = grad.detach()
+        with torch.no_grad():
+            v = _solve_transposed(ctx, value, x, constant)
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative must not go wrong silently
+            v = _Refuse.apply(v, grad, *ctx.saved_tensors, ctx.owner)
+        return -v, None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        if ctx.structure == "elementwise":
+            return -tangent / _diagonal(ctx.residual, ctx.x, create_graph=False)[1]
+        if ctx.structure != "dense":
+            raise NotImplementedError(
+                f"{ctx.owner}: forward-mode derivatives need the dense or the elementwise structure, not "
+                f"{ctx.structure}; use reverse mode."
+            )
+        jacobian = dense_jacobian(ctx.residual, ctx.x, ctx.event_dim)
+        return -linalg.solve(jacobian, tangent.reshape(*jacobian.shape[:-1], 1)).reshape(tangent.shape)
+
+
+def _solve_transposed(ctx: Any, value: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+    """Return v with ``J^T v = grad``."""
+
+    def vjp(v: Tensor) -> Tensor:
+        return torch.autograd.grad(value, x, v, retain_graph=True)[0]
+
+    if ctx.structure == "elementwise":
+        return grad / vjp(torch.ones_like(value))
+    if ctx.structure == "dense":
+        jacobian = jacobian_of(value, x, ctx.event_dim)
+        return linalg.solve(jacobian.mT, grad.reshape(*jacobian.shape[:-1], 1)).reshape(grad.shape)
+    if ctx.structure == "autoregressive":
+        slope = ctx.diagonal(ctx.x)
+        v = grad / slope
+        limit = torch.finfo(grad.dtype).eps * 4
+        for _ in range(x.shape[-ctx.event_dim :].numel()):
+            # what the diagonal neglects is nilpotent: at most E sweeps, usually far fewer
+            error = grad - vjp(v)
+            if not (error.abs() > limit * (grad.abs().amax() + v.abs().amax())).any():
+                break
+            v = v + error / slope
+        return v
+    solution = ctx.solver(lambda v: vjp(v) - grad, grad, event_dim=ctx.event_dim, scale=grad, gather=False)
+    return finish(solution, f"{ctx.owner} (backward pass)", ctx.solver, given=grad)
+
+
+class _Refuse(torch.autograd.Function):
+    """Passes on v; a derivative through it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, grad: Tensor, value: Tensor, owner: str) -> Tensor:
+        ctx.owner = owner
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"{ctx.owner}: second derivatives through this inverse are not available (they would be wrong). Ask for "
+            "order=2 where the layer offers it, or use a layer whose inverse has derivatives of every order."
+        )

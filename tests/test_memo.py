@@ -1,0 +1,336 @@
+"""The memo: its six rules, and the one hole that is known."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import scatter
+
+import pyro_invflows as pf
+
+
+class Counter:
+    """Counts evaluations of every network in a module."""
+
+    def __init__(self, module):
+        self.count = 0
+        for child in module.modules():
+            if isinstance(child, torch.nn.Sequential):
+                child.register_forward_hook(self._hook)
+
+    def _hook(self, *_):
+        self.count += 1
+
+    def take(self):
+        count, self.count = self.count, 0
+        return count
+
+
+@pytest.fixture
+def layer():
+    return scatter(pf.affine_coupling(4, [8]))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 4)
+
+
+def test_log_det_after_either_direction_is_free(layer, x):
+    counter = Counter(layer)
+    y = layer(x)
+    layer.log_abs_det_jacobian(x, y)
+    assert counter.take() == 1
+    back = layer.inv(y.detach())
+    layer.inv.log_abs_det_jacobian(y, back)  # another tensor object: evaluated again
+    assert counter.take() == 2
+
+
+def test_opposite_direction_only(layer, x):
+    counter = Counter(layer)
+    y = layer(x)
+    assert layer.inv(y) is x
+    assert counter.take() == 1
+    assert layer(x) is not y  # the same direction always recomputes
+    assert counter.take() == 1
+    y = y.detach()
+    x = layer.inv(y)
+    assert layer(x) is y
+    assert counter.take() == 1
+    assert layer.inv(y) is not x
+    assert counter.take() == 1
+
+
+def test_single_use(layer, x):
+    counter = Counter(layer)
+    y = layer(x)
+    layer.log_abs_det_jacobian(x, y)
+    assert layer._memo is None  # no graph outlives its step
+    layer.log_abs_det_jacobian(x, y)
+    assert counter.take() == 2
+
+
+def test_one_pass_functions_use_the_sample(layer, x):
+    counter = Counter(layer)
+    y = layer(x)
+    back, ladj = pf.inv_and_ladj(layer, y)
+    assert back is x
+    assert counter.take() == 1
+    expected = pf.inv_and_ladj(layer, y.clone())[1]
+    torch.testing.assert_close(ladj, expected)
+    y = y.detach()
+    x = layer.inv(y)
+    counter.take()
+    out, _ = pf.call_and_ladj(layer, x)
+    assert out is y
+    assert counter.take() == 0
+
+
+def _edit_in_place(layer):
+    with torch.no_grad():
+        layer.hypernet[-1].bias.add_(1.0)
+
+
+def _swap_parameter(layer):
+    layer.hypernet[-1].bias = torch.nn.Parameter(layer.hypernet[-1].bias.detach() + 1.0)
+
+
+def _swap_module(layer):
+    layer.hypernet[-1] = torch.nn.Linear(8, 4)
+
+
+def _swap_network(layer):
+    layer.hypernet = torch.nn.Linear(2, 4)
+
+
+def _step(layer):
+    optimiser = torch.optim.Adam(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 4)).sum().backward()
+    optimiser.step()
+
+
+def _load(layer):
+    layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    "change", [_edit_in_place, _swap_parameter, _swap_module, _swap_network, _step, _load], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("swapped_before", [False, True])
+def test_changed_parameters_make_it_miss(layer, x, change, swapped_before):
+    if swapped_before:  # the kept list of modules must have followed
+        layer.inv(layer(x))
+        _swap_module(layer)
+    y = layer(x).detach().clone()
+    y = layer(x)
+    change(layer)
+    fresh = copy.deepcopy(layer)
+    torch.testing.assert_close(layer.inv(y), fresh.inv(y.detach().clone()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer.log_abs_det_jacobian(x, y), fresh.log_abs_det_jacobian(x.clone(), y.detach().clone()), rtol=0, atol=0
+    )
+    y = layer(x)
+    with torch.no_grad():
+        list(layer.parameters())[-1].add_(1.0)
+    torch.testing.assert_close(layer.inv(y), copy.deepcopy(layer).inv(y.detach().clone()), rtol=0, atol=0)
+
+
+def test_changed_buffers_make_it_miss(x):
+    layer = pf.Permute([1, 0, 2, 3])
+    y = layer(x)
+    layer.load_state_dict(pf.Permute([3, 2, 1, 0]).state_dict())
+    torch.testing.assert_close(layer.inv(y), x[:, [3, 2, 0, 1]])
+
+
+def test_changed_mode_makes_it_miss(x):
+    layer = pf.AffineCoupling(2, torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5)))
+    counter = Counter(layer)
+    y = layer(x)
+    layer.eval()
+    layer.inv(y)
+    assert counter.take() == 2
+
+
+def test_grad_mode(layer, x):
+    with torch.no_grad():
+        y = layer(x)
+    back = layer.inv(y)
+    assert back is not x
+    assert back.requires_grad
+    y = layer(x)
+    with torch.no_grad():
+        assert not layer.inv(y).requires_grad
+    assert layer(x).requires_grad
+
+
+def test_tensor_edited_in_place(layer, x):
+    with torch.no_grad():
+        y = layer(x)
+        y += 1.0
+        torch.testing.assert_close(layer(layer.inv(y)), y)
+        y = layer(x)
+        x += 1.0
+        torch.testing.assert_close(layer.inv(y), x - 1.0, rtol=1e-4, atol=1e-4)
+
+
+def test_sample_then_score_has_a_gradient(layer):
+    d = dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), [layer])
+    d.log_prob(d.sample((3,))).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_training_twice_on_the_same_tensor(layer, x):
+    d = dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), [layer])
+    for _ in range(3):
+        d.log_prob(x).sum().backward()
+        d.rsample().sum().backward()
+
+
+def test_gradients_of_a_scored_sample_equal_those_without_memo(layer):
+    """rsample then log_prob, as in an ELBO: the memo changes no gradient."""
+    grads = []
+    for cache_size in (0, 1):
+        t = layer.with_cache(cache_size)
+        d = dist.TransformedDistribution(dist.Normal(torch.zeros(4), 1.0).to_event(1), [t])
+        torch.manual_seed(0)
+        y = d.rsample((6,))
+        loss = (d.log_prob(y) + y.square().sum(-1)).mean()
+        grads.append(torch.autograd.grad(loss, list(layer.parameters())))
+    for cold, warm in zip(*grads, strict=True):
+        torch.testing.assert_close(cold, warm, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_mode_does_not_poison_training(layer, x):
+    with torch.inference_mode():
+        y = layer(x)
+        layer.inv(y)
+        layer.log_abs_det_jacobian(x, y)
+    layer(x).sum().backward()
+    with torch.inference_mode():
+        z = layer(torch.randn(2, 4))
+    layer.inv(z.clone()).sum().backward()
+    with torch.inference_mode():
+        made_there = pf.affine_coupling(4, [8])
+    with torch.no_grad():
+        torch.testing.assert_close(made_there.inv(made_there(x)), x)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+def test_copies_hold_no_entry(layer, x, way):
+    def size():
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        return buffer.getbuffer().nbytes
+
+    before = size()
+    y = layer(torch.randn(1000, 4))
+    layer.inv(y)
+    assert size() == before
+    if way == "deepcopy":
+        twin = copy.deepcopy(layer)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(layer))
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert twin._memo is None
+    assert twin._inv is None
+    torch.testing.assert_close(twin(x), layer(x))
+
+
+def test_to_and_clear_cache_drop_the_entry(layer, x):
+    layer(x)
+    layer.double()
+    assert layer._memo is None
+    y = layer(x.double())
+    layer.clear_cache()
+    assert layer._memo is None
+    chain = pf.Chain([layer])
+    chain(x.double())
+    chain.double()
+    assert chain._memo is None
+    assert layer.inv(y).dtype == torch.float64
+
+
+def test_with_cache_shares_parameters(layer, x):
+    off = layer.with_cache(0)
+    assert off is not layer
+    assert layer.with_cache(1) is layer
+    y = off(x)
+    assert off._memo is None
+    assert off.inv(y) is not x
+    assert all(a is b for a, b in zip(off.parameters(), layer.parameters(), strict=True))
+    layer.double()
+    assert next(off.parameters()).dtype == torch.float64
+    with pytest.raises(ValueError, match="cache_size"):
+        layer.with_cache(2)
+
+
+def test_functorch_leaves_no_entry(layer, x):
+    torch.vmap(layer)(x)
+    torch.func.jacrev(layer)(x[0])
+    assert layer._memo is None
+
+
+def test_threads_see_a_whole_entry_or_none(layer):
+    """Two threads share one layer: every answer is right, whoever's entry is in the memo."""
+    errors = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(200):
+                x = torch.randn(3, 4, generator=generator)
+                y = layer(x)
+                ladj = layer.log_abs_det_jacobian(x, y)
+                good = reference.log_abs_det_jacobian(x, y)
+                if not (torch.allclose(layer.inv(y), x, atol=1e-4) and torch.allclose(ladj, good, atol=1e-5)):
+                    errors.append(seed)
+
+    reference = layer.with_cache(0)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_known_hole_an_edit_of_data_between_sampling_and_scoring(layer, x):
+    """Pinned, not promised: ``.data`` bumps no version, so scoring the same tensor object sees the old entry."""
+    y = layer(x)
+    for p in layer.parameters():
+        p.data += 1.0
+    assert layer.inv(y) is x
+    layer.clear_cache()  # the remedy
+    assert layer.inv(y) is not x
+
+
+def test_known_limit_the_graph_of_a_remembered_inverse_does_not_pass_through_y(layer, x):
+    """As with torch's own cache; loud, and gone with cache_size=0 or a detached y."""
+    y = layer(x)
+    with pytest.raises(RuntimeError, match=r"not have been used|does not require grad"):
+        torch.autograd.grad(layer.inv(y).sum(), y)
+    for t, point in ((layer.with_cache(0), layer(x)), (layer, y.detach().requires_grad_())):
+        assert torch.autograd.grad(t.inv(point).sum(), point)[0].isfinite().all()
+
+
+def test_forward_hooks_fire(x):
+    seen = []
+    layer = pf.orthogonal(4)
+    layer.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    layer(x)
+    assert seen == [x.shape]
+    chain = pf.Chain([layer, pf.baird(4)])
+    y, ladj = pf.call_and_ladj(chain, x)
+    assert seen == [x.shape] * 2
+    torch.testing.assert_close(chain.inv(y.clone()), x)
+    assert ladj.shape == (5,)
