@@ -154,6 +154,8 @@ class _Rebuilt(nn.Module):
         if not isinstance(base, Distribution):
             raise TypeError(f"Flow needs a distribution as its base, but got {type(base).__name__}.")
         self.kind = type(base)
+        takes_flag = "validate_args" in inspect.signature(type(base).__init__).parameters
+        self.unchecked = {"validate_args": False} if takes_flag else {}
         self.constants: dict[str, Any] = {}
         self.constraints: dict[str, constraints.Constraint] = {}
         self.names: list[str] = []
@@ -215,7 +217,8 @@ class _Rebuilt(nn.Module):
             if name in self.constraints:
                 value = transform_to(self.constraints[name])(value)
             arguments[name] = value() if isinstance(value, _Rebuilt) else value
-        return self.kind(**arguments)
+        # The arguments were checked when the flow was built; checking them at each call costs more than a layer.
+        return self.kind(**arguments, **self.unchecked)
 
     def extra_repr(self) -> str:
         return self.kind.__name__

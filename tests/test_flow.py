@@ -1,0 +1,148 @@
+"""Flow and FlowDistribution."""
+
+from __future__ import annotations
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import scatter
+
+import pyro_invflows as pf
+
+
+def layers(dim):
+    return scatter(pf.Chain([pf.orthogonal(dim), pf.affine_coupling(dim, [8]), pf.baird(dim)]))
+
+
+def eye(n):
+    return torch.eye(n)
+
+
+BASES = {
+    "normal": lambda: dist.Normal(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])).to_event(1),
+    "expanded": lambda: dist.Normal(0.5, 2.0).expand([3]).to_event(1),
+    "torch's": lambda: torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3), torch.ones(3)), 1),
+    "batched": lambda: dist.Normal(torch.zeros(4, 3), 1.0).to_event(1),
+    "student": lambda: dist.StudentT(4.0, torch.zeros(3), 1.0).to_event(1),
+    "laplace": lambda: dist.Laplace(torch.zeros(3), 2.0).to_event(1),
+    "tril": lambda: dist.MultivariateNormal(torch.zeros(3), scale_tril=2 * eye(3)),
+    "covariance": lambda: dist.MultivariateNormal(torch.zeros(3), eye(3) + 0.5),
+    "low rank": lambda: dist.LowRankMultivariateNormal(torch.zeros(3), torch.ones(3, 1), torch.ones(3)),
+    "mixture": lambda: dist.MixtureSameFamily(
+        dist.Categorical(logits=torch.tensor([0.1, 0.9])), dist.Normal(torch.randn(2, 3), 1.0).to_event(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", BASES)
+def test_the_base_is_rebuilt(name, trainable):
+    base, chain = BASES[name](), layers(3)
+    flow = pf.Flow(base, chain, trainable_base=trainable)
+    y = torch.randn(5, *base.batch_shape, 3)
+    expected = dist.TransformedDistribution(base, [chain]).log_prob(y)
+    torch.testing.assert_close(flow().log_prob(y), expected)
+    assert bool(list(flow.base.parameters())) == trainable
+    if trainable:
+        flow().log_prob(y).sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+    other = pf.Flow(BASES[name](), layers(3), trainable_base=trainable)
+    other.load_state_dict(flow.state_dict())
+    torch.testing.assert_close(other().log_prob(y), expected)
+    torch.testing.assert_close(copy.deepcopy(flow)().log_prob(y), expected)
+    assert flow.double()().log_prob(y.double()).dtype == torch.float64
+    assert flow.to("meta")().sample().is_meta
+
+
+def test_the_base_is_cloned():
+    scale = torch.ones(3)
+    flow = pf.Flow(dist.Normal(torch.zeros(3), scale).to_event(1), layers(3))
+    scale.fill_(100.0)
+    torch.testing.assert_close(flow().base_dist.base_dist.scale, torch.ones(3))
+
+
+def test_it_refuses_what_it_cannot_rebuild():
+    class Odd(dist.Normal):
+        def __init__(self, hidden):
+            super().__init__(torch.zeros(hidden * 1), 1.0)
+            self.event_hint = None
+
+    for base in (Odd(3).to_event(1), dist.Normal(torch.zeros(3), 1.0).mask(False).to_event(1)):
+        with pytest.raises(TypeError, match="cannot rebuild"):
+            pf.Flow(base, layers(3))
+    with pytest.raises(TypeError, match="needs a distribution"):
+        pf.Flow(torch.zeros(3), layers(3))
+    with pytest.raises(ValueError, match="4"):
+        pf.Flow(dist.Normal(torch.zeros(4), 1.0).to_event(1), layers(3))
+    with pytest.raises(TypeError, match="Linear"):
+        pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [torch.nn.Linear(3, 3)])
+
+
+def test_contexts_are_asked_for():
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    with pytest.raises(ValueError, match="no conditional part"):
+        pf.Flow(base, layers(3))(torch.zeros(2))
+    flow = pf.Flow(base, [layers(3), pf.conditional_shift(3, 2)])
+    assert isinstance(flow, dist.ConditionalDistribution)
+    with pytest.raises(ValueError, match="with a context"):
+        flow()
+    d = flow.condition(torch.randn(5, 2))
+    assert isinstance(d, pf.FlowDistribution)
+    assert d.batch_shape == (5,)
+    assert len(list(flow.parameters())) == len(list(layers(3).parameters())) + 7
+
+
+def test_pyros_conditional_layers_fit_too():
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    flow = pf.Flow(base, [pf.orthogonal(3), dist.transforms.conditional_affine_coupling(3, 2), pf.baird(3)])
+    y = flow(torch.randn(2)).rsample((4,))
+    assert flow(torch.randn(2)).log_prob(y).shape == (4,)
+
+
+def test_flow_distribution_survives_expand_plates_and_to_event():
+    flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), layers(3))
+    d = flow()
+    expanded = d.expand((4, 2))
+    assert type(expanded) is pf.FlowDistribution
+    assert expanded.batch_shape == (4, 2)
+    y = expanded.sample((5,))
+    assert y.shape == (5, 4, 2, 3)
+    torch.testing.assert_close(expanded.log_prob(y), d.log_prob(y))
+    torch.testing.assert_close(expanded.to_event(1).log_prob(y), d.log_prob(y).sum(-1))
+    x, log_prob = expanded.rsample_with_log_prob((5,))
+    assert x.shape == y.shape
+    torch.testing.assert_close(log_prob, d.log_prob(x.clone()), rtol=1e-4, atol=1e-4)
+
+    def model():
+        with pyro.plate("a", 4):
+            return pyro.sample("y", d)
+
+    trace = pyro.poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    assert trace.nodes["y"]["log_prob"].shape == (4,)
+
+
+def test_rsample_with_log_prob_counts_elementwise_and_reshaping_layers():
+    base = dist.Normal(torch.zeros(6), 1.0).to_event(1)
+    reshape = torch.distributions.transforms.ReshapeTransform((6,), (2, 3))
+    for transforms in ([pf.Sigmoid()], [reshape, pf.Baird()], [pf.Baird(), reshape, pf.orthogonal(3)], []):
+        d = pf.FlowDistribution(base, transforms)
+        y, log_prob = d.rsample_with_log_prob((4,))
+        torch.testing.assert_close(log_prob, dist.TransformedDistribution(base, transforms).log_prob(y.clone()))
+        torch.testing.assert_close(d.log_prob(y.clone()), log_prob)
+    scalar = pf.FlowDistribution(dist.Normal(torch.zeros(3), 1.0), [pf.Sigmoid()])
+    y, log_prob = scalar.rsample_with_log_prob((4,))
+    assert log_prob.shape == (4, 3)
+
+
+def test_validation_refuses_nan_and_wrong_shapes():
+    d = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), layers(3))()
+    before = d.log_prob(torch.zeros(3))
+    with pytest.raises(ValueError, match="nan|support"):
+        d.log_prob(torch.tensor([0.0, float("nan"), 1.0]))
+    with pytest.raises(ValueError, match="event|size"):
+        d.log_prob(torch.zeros(4))
+    torch.testing.assert_close(d.log_prob(torch.zeros(3)), before)
