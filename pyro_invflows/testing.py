@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 from torch.distributions import Transform, biject_to
 
 from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj
@@ -195,7 +196,7 @@ def check_gradients(transform: Transform, x: Tensor) -> None:
             torch.autograd.gradcheck(
                 lambda v, *_, r=run: r(transform, v.clone()), inputs, atol=1e-6, rtol=1e-5, fast_mode=True
             )
-        except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+        except GradcheckError as error:
             raise _broken(transform, "gradients", f"gradcheck of {what} fails: {error}") from error
 
 

@@ -54,6 +54,7 @@ from pyro_invflows import (
     Orthogonal,
     Permute,
     affine_coupling,
+    baird,
     diagonal,
     orthogonal,
 )
@@ -74,18 +75,18 @@ class Settings:
     hidden_dims: tuple[int, ...] = (192, 192)
     max_log_scale: float = 1.0
     # its training
-    max_steps: int = 600
+    max_steps: int = 800
     batch_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.5
-    averaging: float = 0.98
+    averaging: float = 0.99
     check_every: int = 20
     patience: int = 8  # checks without improvement
     noise_draws: int = 16
     # the guide
-    guide_layers: int = 3
-    guide_steps: int = 1500
-    guide_particles: int = 16
+    guide_layers: int = 2
+    guide_steps: int = 1000
+    guide_particles: int = 64
     guide_learning_rate: float = 1e-2
     posterior_samples: int = 20_000
 
@@ -314,7 +315,8 @@ def show(axis: plt.Axes, picture: Tensor, cmap: str = "gray_r", low: float = 0, 
     """Draw a picture without ticks or frame."""
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
-    axis.set_facecolor("lightsteelblue")  # shows where the picture is NaN
+    if cmap == "gray_r":
+        axis.set_facecolor("lightsteelblue")  # shows between the images, where the picture is NaN
     return axis.imshow(picture, cmap=cmap, vmin=low, vmax=high)
 
 
@@ -441,13 +443,17 @@ def eight_schools(effects: Tensor) -> None:
 
 
 def guide_layer(input_dim: int) -> Chain:
-    """Return one layer of the guide: bend half of the latents, rotate all of them, scale and shift."""
+    """Return one layer of the guide: rotate the latents, bend and scale each, let the first two steer the others.
+
+    The first two latents are mu and tau. Given them, the exact posterior of the others is Gaussian with a mean and a
+    scale that depend on both: just what a coupling with ``split_dim=2`` can say.
+    """
     return Chain(
         [
-            affine_coupling(input_dim, (32, 32), activation=nn.Tanh),
-            Permute(torch.arange(input_dim).flip(0)),
             orthogonal(input_dim),
+            baird(input_dim),
             diagonal(input_dim),
+            affine_coupling(input_dim, (32, 32), split_dim=2, activation=nn.Tanh),
         ]
     )
 

@@ -196,7 +196,8 @@ class Tanh(Elementwise):
         return torch.atanh(self._inside(y))
 
     def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
-        return 2 * _LOG2 + _log_sigmoid_slope(2 * x)
+        limit = torch.finfo(x.dtype).max / 4  # beyond it the log-slope itself would overflow
+        return 2 * _LOG2 + _log_sigmoid_slope(2 * x.clamp(-limit, limit))
 
 
 class _Piecewise(Elementwise):
@@ -458,7 +459,7 @@ def _asinh_sinh_plus(x: Tensor, c: Tensor) -> Tensor:
     s = torch.sign(z)
     size = s * z
     e = torch.exp(-size)
-    t = 1 - e * e + 2 * s * c * e
+    t = 1 - e * e + 2 * s * (c * e)
     side = torch.where(t < 0, -torch.ones_like(t), torch.ones_like(t))
     t = side * t
     return torch.where(far, s * side * (size + torch.log((t + torch.hypot(t, 2 * e)) / 2)), near)

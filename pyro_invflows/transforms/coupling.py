@@ -127,10 +127,8 @@ class AffineCoupling(Bijection):
         if self.dim == -1:
             return self.hypernet(x1)
         # a convolution takes one batch dimension, ours are any number
-        out = self.hypernet(
-            x1.reshape(batch.numel(), -1, *spatial) if batch.numel() else x1.new_zeros(0, x1.shape[self.dim], *spatial)
-        )
-        return out.reshape(*batch, out.shape[1], *out.shape[2:])
+        out = self.hypernet(x1.reshape(batch.numel(), *x1.shape[self.dim :]))
+        return out.reshape(*batch, *out.shape[1:])
 
     def _scale_and_shift(self, x1: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
         raw = self._network(x1)

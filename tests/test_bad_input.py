@@ -1,0 +1,129 @@
+"""Bad input: a ValueError or TypeError that says what must hold, what was given and what to do; nothing corrupted."""
+
+from __future__ import annotations
+
+import re
+
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import CASES, SMALL
+
+import pyro_invflows as pf
+from pyro_invflows import call_and_ladj, inv_and_ladj
+
+VALUE = [
+    (lambda: pf.Permute([0, 0, 1]), "each of 0, ..., 2 exactly once"),
+    (lambda: pf.Permute([1, 2, 3]), "exactly once"),
+    (lambda: pf.Permute([]), "non-empty"),
+    (lambda: pf.Permute([0.0, 1.0]), "sequence of ints"),
+    (lambda: pf.permute(4, permutation=[0, 1]), "4 elements"),
+    (lambda: pf.PixelShuffle(0), "at least 1"),
+    (lambda: pf.pixel_shuffle(6), "r^2"),
+    (lambda: pf.PixelShuffle(2)(torch.zeros(3, 2, 2)), "divides the channels"),
+    (lambda: pf.PixelShuffle(2).inv(torch.zeros(1, 3, 2)), "divides the height"),
+    (lambda: pf.PixelShuffle(2).forward_shape(torch.Size((3, 2, 2))), "divides"),
+    (lambda: pf.AffineCoupling(-1, torch.nn.Linear(1, 1)), "at least 0"),
+    (lambda: pf.affine_coupling(4, split_dim=4), "split_dim must be below input_dim"),
+    (lambda: pf.AffineCoupling(3, torch.nn.Linear(3, 2))(torch.zeros(2, 3)), "more than that many"),
+    (lambda: pf.AffineCoupling(1, torch.nn.Linear(1, 3))(torch.zeros(2, 3)), "must return 4"),
+    (lambda: pf.AffineCoupling(1, None, input_dim=3), "learns constants"),
+    (lambda: pf.affine_coupling(4, scale="exp"), "'tanh' or None"),
+    (lambda: pf.affine_coupling(4, max_log_scale=0.0), "max_log_scale"),
+    (lambda: pf.affine_coupling(0), "input_dim must be at least 1"),
+    (lambda: pf.shift(3, dim=0), "between -4 and -1"),
+    (lambda: pf.orthogonal(3, num_reflections=-1), "at least 0"),
+    (lambda: pf.Orthogonal.from_matrix(torch.ones(3, 3)), "must be orthogonal"),
+    (lambda: pf.Orthogonal.from_matrix(torch.full((3, 3), float("nan"))), "must be orthogonal"),
+    (lambda: pf.Orthogonal.from_matrix(torch.zeros(3, 2)), "(n, n)"),
+    (lambda: pf.SVDLinear.from_matrix(torch.ones(3, 3)), "invertible"),
+    (lambda: pf.SVDLinear.from_matrix(torch.zeros(3, 2)), "(D, D)"),
+    (lambda: pf.SVDLinear.from_matrix(torch.full((2, 2), float("inf"))), "finite"),
+    (lambda: pf.Diagonal.from_matrix(torch.ones(2, 2)), "diagonal matrix"),
+    (lambda: pf.Diagonal.from_matrix(torch.zeros(2, 2)), "without zeros"),
+    (lambda: pf.Diagonal.from_matrix(torch.zeros(2)), "(D, D)"),
+    (lambda: pf.LeakyReLU(0.0), "positive and finite"),
+    (lambda: pf.PReLU((2,), negative_slope=-1.0), "positive and finite"),
+    (lambda: pf.ELU(float("inf")), "positive and finite"),
+    (lambda: pf.Interval(1.0, 1.0), "low < high"),
+    (lambda: pf.Interval(0.0, float("nan")), "low < high"),
+    (lambda: pf.Baird((-1,)), "non-negative"),
+    (lambda: pf.Baird((3,))(torch.zeros(4)), "does not broadcast"),
+    (lambda: pf.Baird((3,)).forward_shape(torch.Size((4,))), "does not broadcast"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(VALUE)))
+def test_value_errors(index):
+    make, message = VALUE[index]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pf.shift(2.0), "must be an int"),
+        (lambda: pf.shift(True), "must be an int"),
+        (lambda: pf.shift(2, dim=1.5), "dim must be an int"),
+        (lambda: pf.Baird("abc"), "shape|int"),
+        (lambda: pf.PixelShuffle(2.0), "must be an int"),
+    ],
+)
+def test_type_errors(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("case", "dim"), SMALL)
+def test_wrong_event_sizes(case, dim):
+    layer = case.build(dim)
+    if not layer.domain.event_dim or layer.trace_event({}) == {}:
+        pytest.skip("takes any event")
+    x = case.points(dim)
+    axis = next(iter(layer.trace_event({})))
+    wide = torch.cat([x, x], dim=axis)
+    message = r"event|elements|divides|broadcast"
+    for bad in (wide, x.new_zeros(()), x.narrow(axis, 0, 0)):
+        for call in (layer, layer.inv, lambda v: call_and_ladj(layer, v), lambda v: inv_and_ladj(layer, v)):
+            with pytest.raises(ValueError, match=message):
+                call(bad)
+        with pytest.raises(ValueError, match=message):
+            layer.forward_shape(bad.shape)
+    base = dist.Normal(torch.zeros(wide.shape[1:], dtype=torch.float64), 1.0).to_event(wide.dim() - 1)
+    with pytest.raises(ValueError, match=message):
+        dist.TransformedDistribution(base, [layer])
+    torch.testing.assert_close(layer.inv(layer(x).detach()), x)  # nothing was corrupted
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_wrong_dtypes(case):
+    dim = case.dims[-1]
+    layer, x = case.build(dim, torch.float32), case.points(dim, dtype=torch.float32)
+    for call in (layer, layer.inv, lambda v: call_and_ladj(layer, v)):
+        if case.name != "chain_empty":
+            with pytest.raises(TypeError, match="floating point"):
+                call(torch.ones_like(x, dtype=torch.long))
+        if list(layer.parameters()):
+            with pytest.raises(TypeError, match="same dtype"):
+                call(x.double())
+    assert layer(x).dtype == torch.float32
+
+
+def test_autocast_may_mix_dtypes():
+    layer = pf.Chain([pf.affine_coupling(4, [8]), pf.orthogonal(4)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(3, 4)).isfinite().all()
+
+
+def test_hooks_that_are_missing_say_so():
+    class Empty(pf.Bijection):
+        pass
+
+    layer = Empty(3)
+    for call, name in (
+        (lambda: layer(torch.zeros(3)), "_forward_aux"),
+        (lambda: layer.inv(torch.zeros(3)), "_inverse_aux"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"Empty must define {name}"):
+            call()

@@ -1,0 +1,42 @@
+"""Every example in a docstring, a README or a page of the docs runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_invflows
+from pyro_invflows import testing
+
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+MODULES = [m.name for m in pkgutil.walk_packages(pyro_invflows.__path__, "pyro_invflows.")]
+ROOT = Path(pyro_invflows.__file__).parent.parent
+PAGES = [
+    p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.exists()
+]
+
+
+def names():
+    return {"torch": torch, "dist": dist, "check_bijection": testing.check_bijection} | {
+        name: getattr(pyro_invflows, name) for name in pyro_invflows.__all__
+    }
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    torch.manual_seed(0)
+    result = doctest.testmod(importlib.import_module(name), extraglobs=names(), optionflags=FLAGS)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pages(page):
+    torch.manual_seed(0)
+    result = doctest.testfile(str(page), module_relative=False, globs={}, optionflags=FLAGS)
+    assert result.failed == 0

@@ -1,0 +1,174 @@
+"""Inside Pyro: modules, plates, guides, SVI; and the failures of Pyro's own flows that must not be ours."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from cases import SMALL, scatter
+from pyro.distributions.transforms import iterated
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoNormalizingFlow
+from pyro.nn import PyroModule
+from test_memo import Counter
+
+import pyro_invflows as pf
+
+FACTORIES = [
+    pf.affine_coupling,
+    pf.baird,
+    pf.diagonal,
+    pf.orthogonal,
+    pf.permute,
+    pf.prelu,
+    pf.shift,
+    pf.svd_linear,
+]
+
+
+def model():
+    pyro.sample("z", dist.MultivariateNormal(torch.tensor([1.0, -2.0, 0.5]), torch.eye(3) + 0.5))
+
+
+def mixing_layer(dim):
+    return pf.Chain([pf.svd_linear(dim), pf.affine_coupling(dim, [8])])
+
+
+@pytest.mark.parametrize("compose", [iterated, pf.stack], ids=["iterated", "stack"])
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+def test_every_factory_makes_a_guide(factory, compose):
+    guide = AutoNormalizingFlow(model, partial(compose, 2, factory))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    if factory is pf.permute:  # nothing to learn, but it runs
+        assert guide()["z"].shape == (3,)
+        return
+    for _ in range(3):
+        assert torch.isfinite(torch.tensor(svi.step()))
+    assert list(guide.parameters())
+    assert pyro.infer.Predictive(model, guide=guide, num_samples=5)()["z"].shape == (5, 3)
+
+
+@pytest.mark.parametrize("compose", [iterated, pf.stack], ids=["iterated", "stack"])
+def test_the_guide_finds_a_gaussian_posterior(compose):
+    """Independent answer: the model's own mean and covariance."""
+    guide = AutoNormalizingFlow(model, partial(compose, 2, pf.svd_linear))
+    optim = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995})
+    svi = SVI(model, guide, optim, Trace_ELBO(num_particles=8, vectorize_particles=True))
+    for _ in range(500):
+        svi.step()
+    with torch.no_grad():
+        z = guide.get_posterior().sample((20000,))
+    torch.testing.assert_close(z.mean(0), torch.tensor([1.0, -2.0, 0.5]), rtol=0, atol=0.1)
+    torch.testing.assert_close(torch.cov(z.T), torch.eye(3) + 0.5, rtol=0, atol=0.15)
+
+
+def test_one_network_evaluation_a_layer_in_an_svi_step():
+    guide = AutoNormalizingFlow(model, partial(pf.stack, 3, partial(pf.affine_coupling, hidden_dims=[8])))
+    guide()
+    counter = Counter(guide)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    svi.step()
+    assert counter.take() == 3
+
+
+@pytest.mark.parametrize(("case", "dim"), SMALL)
+def test_pyro_module_and_mixin(case, dim):
+    layer = case.build(dim)
+    x = case.points(dim)
+    expected = layer(x).detach()
+    pyro.module("layer", layer)
+    names = {f"layer$$${name}" for name, p in layer.named_parameters()}
+    assert names == set(pyro.get_param_store().keys())
+
+    class Holder(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, value):
+            return self.layer(value)
+
+    pyro.clear_param_store()
+    torch.testing.assert_close(Holder()(x), expected)
+    pyro.nn.module.to_pyro_module_(layer)
+    assert isinstance(layer, PyroModule)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.inv(layer(x).detach()), x)
+
+
+def test_a_bayesian_layer():
+    layer = PyroModule[pf.Shift](3)
+    layer.bias = pyro.nn.PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    x = torch.zeros(3)
+    trace = pyro.poutine.trace(layer).get_trace(x)
+    torch.testing.assert_close(trace.nodes["_RETURN"]["value"], trace.nodes["bias"]["value"])
+    assert not torch.equal(layer(x), layer(x))
+    y = layer(x)
+    assert not torch.equal(layer.inv(y), x)  # a new bias: no stale entry
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, JitTrace_ELBO])
+@pytest.mark.parametrize("vectorised", [False, True])
+def test_a_flow_inside_plates_and_particles(elbo, vectorised):
+    flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), mixing_layer(3), trainable_base=True)
+
+    def model():
+        with pyro.plate("a", 4, dim=-1), pyro.plate("b", 2, dim=-2):
+            pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def guide():
+        pyro.module("flow", flow)
+        with pyro.plate("a", 4, dim=-1), pyro.plate("b", 2, dim=-2):
+            pyro.sample("z", flow())
+
+    options = {"num_particles": 3, "vectorize_particles": vectorised, "max_plate_nesting": 2}
+    if elbo is JitTrace_ELBO:
+        options["ignore_jit_warnings"] = True
+    with pytest.warns() if elbo is JitTrace_ELBO else _nothing():
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), elbo(**options))
+        losses = [svi.step() for _ in range(4)]
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses)
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+def test_maximum_likelihood_on_data_in_a_model():
+    """pyro.sample(..., obs=data) with a flow as likelihood; the answer is the data's own Gaussian."""
+    data = torch.randn(500, 2) @ torch.tensor([[1.0, 0.5], [0.0, 0.7]]) + 1.0
+    flow = pf.Flow(dist.Normal(torch.zeros(2), 1.0).to_event(1), pf.svd_linear(2))
+
+    def model(x):
+        pyro.module("flow", flow)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", flow(), obs=x)
+
+    svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(400):
+        svi.step(data)
+    best = dist.MultivariateNormal(data.mean(0), torch.cov(data.T, correction=0)).log_prob(data).mean()
+    assert flow().log_prob(data).mean().item() > best.item() - 0.01
+
+
+def test_priors_and_hmc():
+    """A flow as a prior inside NUTS: the sampler differentiates log_prob with respect to the value."""
+    flow = pf.Flow(dist.Normal(torch.zeros(2), 1.0).to_event(1), scatter(mixing_layer(2), 0.3))
+
+    def model():
+        pyro.sample("x", flow())
+
+    mcmc = pyro.infer.MCMC(
+        pyro.infer.NUTS(model, max_tree_depth=5), num_samples=200, warmup_steps=100, disable_progbar=True
+    )
+    mcmc.run()
+    x = mcmc.get_samples()["x"]
+    exact = flow().sample((20000,))
+    assert ((x.mean(0) - exact.mean(0)).abs() < 0.6 * exact.std(0)).all()
