@@ -39,10 +39,10 @@ class _Entry(NamedTuple):
     direction: str
     flags: tuple[Any, ...]
     # Held as objects, not as ids: an id can be reused once its tensor is gone.
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]
 
 
-_REAL_EVENTS = {n: constraints.independent(constraints.real, n) for n in range(1, 5)}
+_REAL_EVENTS: dict[int, constraints.Constraint] = {n: constraints.independent(constraints.real, n) for n in range(1, 5)}
 _REAL_EVENTS[0] = constraints.real
 _REAL_EVENTS[1] = constraints.real_vector
 
@@ -261,7 +261,7 @@ class Bijection(TransformModule):
 
     def __call__(self, x: Tensor) -> Tensor:
         # Transform.__call__ precedes nn.Module's in the method resolution order and would skip forward hooks.
-        return super(Transform, self).__call__(x)
+        return super(Transform, self).__call__(x)  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         entry = self._memo
@@ -338,7 +338,7 @@ class Bijection(TransformModule):
         self._memo = None
         return False
 
-    def _stamp(self, x: Tensor, y: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor, ...]] | None:
+    def _stamp(self, x: Tensor, y: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None:
         """Return everything an evaluation depends on besides its input, or None where it cannot be known."""
         kept = self._kept
         if kept is None:
@@ -407,8 +407,8 @@ class Elementwise(Bijection):
     the constructor, which broadcasts against the input from the right.
     """
 
-    domain = constraints.real
-    codomain = constraints.real
+    domain: constraints.Constraint = constraints.real
+    codomain: constraints.Constraint = constraints.real
     sign = +1  # the functions here are increasing
 
     def __init__(self, shape: int | Iterable[int] = (), *, cache_size: int = 1) -> None:

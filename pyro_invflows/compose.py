@@ -52,7 +52,8 @@ class Inverted(Bijection):
     torch's ``layer.inv`` is no module, so its parameters miss the optimiser and ``.to()``. Use this one inside a
     :class:`Chain`, a module or a guide.
 
-    **Forward**: the layer's inverse. **Inverse**: its forward. **Log-det**: minus the layer's.
+    **Forward**: the layer's inverse. **Inverse**: its forward. **Log-det**: minus the layer's. **Identity**: where
+    the layer is.
 
     Args:
         layer: Any transform; one of this library keeps its one-pass evaluation.
@@ -93,7 +94,7 @@ class Inverted(Bijection):
         return getattr(self.layer, "exact", True)
 
     @property
-    def sign(self) -> Any:  # type: ignore[override]
+    def sign(self) -> Any:
         return self.layer.sign
 
     @property
@@ -231,7 +232,7 @@ class Chain(Bijection, nn.ModuleList):
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return Chain(self.parts[index], recompute=self.recompute, cache_size=self._cache_size)
+            return Chain(self.parts[index], recompute=self.recompute, cache_size=int(self._cache_size))  # type: ignore[arg-type]
         return self.parts[index]
 
     def __contains__(self, part: object) -> bool:
@@ -256,7 +257,7 @@ class Chain(Bijection, nn.ModuleList):
         return all(getattr(part, "exact", True) for part in self.parts)
 
     @property
-    def sign(self) -> Any:  # type: ignore[override]
+    def sign(self) -> Any:
         sign = 1
         for part in self.parts:
             sign = sign * part.sign

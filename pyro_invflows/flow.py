@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.distributions import ConditionalDistribution, TransformedDistribution
@@ -131,15 +131,17 @@ class Flow(nn.Module, ConditionalDistribution):
         if not self.is_conditional:
             raise ValueError("This Flow has no conditional part, so it takes no context: call flow().")
         chain = Chain(
-            [part.condition(context) if isinstance(part, ConditionalTransform) else part for part in self.transforms]
+            part.condition(context) if isinstance(part, ConditionalTransform) else cast(Transform, part)
+            for part in self.transforms
         )
         return FlowDistribution(self.base(), [chain])
 
     def clear_cache(self) -> None:
         """Forget the layers' last evaluations."""
         for part in [self.transforms] if isinstance(self.transforms, Chain) else self.transforms:
-            if hasattr(part, "clear_cache"):
-                part.clear_cache()
+            clear = getattr(part, "clear_cache", None)
+            if clear is not None:
+                clear()
 
 
 #: Arguments that say the same thing; the first that a distribution has is kept.
@@ -218,7 +220,7 @@ class _Rebuilt(nn.Module):
                 value = transform_to(self.constraints[name])(value)
             arguments[name] = value() if isinstance(value, _Rebuilt) else value
         # The arguments were checked when the flow was built; checking them at each call costs more than a layer.
-        return self.kind(**arguments, **self.unchecked)
+        return self.kind(**arguments, **self.unchecked)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return self.kind.__name__

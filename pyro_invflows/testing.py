@@ -62,8 +62,9 @@ def sample_domain(
     event_dim = transform.domain.event_dim
     if event_shape is None:
         sizes = transform.trace_event({}) if isinstance(transform, Bijection) else {}
-        if not sizes and event_dim < 2 and isinstance(getattr(transform, "input_dim", None), int):
-            sizes = {-1: transform.input_dim}
+        input_dim = getattr(transform, "input_dim", None)  # Pyro's layers
+        if not sizes and event_dim < 2 and isinstance(input_dim, int):
+            sizes = {-1: input_dim}
         if not all(axis in sizes for axis in range(-event_dim, 0)):
             raise ValueError(
                 f"The event shape of {type(transform).__name__} cannot be known; give event_shape, or points x."
@@ -288,8 +289,9 @@ def check_batch(transform: Transform, x: Tensor) -> None:
         alone, ladj_alone = inv_and_ladj(transform, y[i : i + 1].clone())
         _close(transform, "batch", f"row {i} in its batch - alone", together[i : i + 1], alone, tolerances)
         _close(transform, "batch", f"log-det of row {i} in its batch - alone", ladj[i : i + 1], ladj_alone, tolerances)
+    now = transform.state_dict() if isinstance(transform, nn.Module) else {}
     for name, value in state.items():
-        same = torch.equal(value, transform.state_dict()[name])
+        same = torch.equal(value, now[name])
         _promise(same, transform, "batch", f"scoring changed {name}")
 
 

@@ -30,6 +30,7 @@ FLOORS = [
             "linear",
             "lowrank",
             "coupling",
+            "planar",
             "sylvester",
             "residual",
             "whitening",

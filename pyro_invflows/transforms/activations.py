@@ -137,7 +137,7 @@ class Sigmoid(Interval):
         True
     """
 
-    codomain = constraints.unit_interval
+    codomain: constraints.Constraint = constraints.unit_interval
 
     def __init__(self, *, cache_size: int = 1) -> None:
         super().__init__(0.0, 1.0, cache_size=cache_size)
@@ -183,7 +183,7 @@ class Tanh(Elementwise):
         True
     """
 
-    codomain = constraints.interval(-1.0, 1.0)
+    codomain: constraints.Constraint = constraints.interval(-1.0, 1.0)
 
     def _inside(self, y: Tensor) -> Tensor:
         edge = _below(1.0, y.dtype)
@@ -459,6 +459,7 @@ def _asinh_sinh_plus(x: Tensor, c: Tensor) -> Tensor:
     s = torch.sign(z)
     size = s * z
     e = torch.exp(-size)
+    c = torch.where(e > 0, c, torch.zeros_like(c))  # no c survives an underflow, and its gradient must not overflow
     t = 1 - e * e + 2 * s * (c * e)
     side = torch.where(t < 0, -torch.ones_like(t), torch.ones_like(t))
     t = side * t

@@ -41,8 +41,8 @@ class NumericalInverse(Bijection):
         transform: t; its domain must be all of R^n, its event dimension the same on both sides. A module's parameters
             become this layer's.
         structure: What is known about t: ``"elementwise"``, ``"triangular"`` (``y_i`` depends on the x before i and on
-            x_i, in some order) or ``"dense"``. The default is elementwise for event dimension 0, triangular where t says
-            that it is ``autoregressive``, and else dense.
+            x_i, in some order) or ``"dense"``. The default is elementwise for event dimension 0, triangular where t
+            says that it is ``autoregressive``, and else dense.
         solver: ``solvers.Newton``, ``Anderson`` or ``FixedPoint`` for the dense and triangular structures,
             ``solvers.Bisection`` for the elementwise one: tolerances, bounds, and what happens on failure.
         order: Highest order of derivatives of the inverse, 1 or 2.
@@ -87,8 +87,8 @@ class NumericalInverse(Bijection):
             raise ValueError(f"NumericalInverse: structure must be one of {STRUCTURES}, but got {structure!r}.")
         if (structure == "triangular" and event_dim != 1) or (structure == "dense" and not event_dim):
             raise ValueError(
-                f"NumericalInverse: the {structure} structure does not fit a transform with event dimension {event_dim}; "
-                "elementwise fits any, triangular fits 1, dense fits 1 and more."
+                f"NumericalInverse: the {structure} structure does not fit a transform with event dimension "
+                f"{event_dim}; elementwise fits any, triangular fits 1, dense fits 1 and more."
             )
         if order not in (1, 2):
             raise ValueError(f"NumericalInverse: order must be 1 or 2, but got {order!r}.")
@@ -107,10 +107,10 @@ class NumericalInverse(Bijection):
 
     @property
     def _transform(self) -> Transform:
-        return self.transform if self.foreign is None else self.foreign  # type: ignore[return-value]
+        return self.transform if self.foreign is None else self.foreign
 
     @property
-    def sign(self) -> Any:  # type: ignore[override]
+    def sign(self) -> Any:
         return self._transform.sign
 
     @property
@@ -252,8 +252,8 @@ def _check_transform(transform: Any) -> None:
         raise TypeError(f"NumericalInverse needs a transform, but got {name}.{hint}")
     if isinstance(transform, pyro_transforms.Sylvester):
         raise ValueError(
-            "NumericalInverse does not take Pyro's Sylvester: its log-det multiplies the diagonals of a product that is "
-            "not triangular, and is wrong. Use pyro_invflows.Sylvester, which has an inverse of its own."
+            "NumericalInverse does not take Pyro's Sylvester: its log-det multiplies the diagonals of a product that "
+            "is not triangular, and is wrong. Use pyro_invflows.Sylvester, which has an inverse of its own."
         )
     if not transform.bijective:
         raise ValueError(

@@ -192,8 +192,9 @@ class GeneralizedSylvester(Bijection):
     .. math:: y = x + W^T f(W x), \qquad f_i(v) = \frac{d_i - 1}{a_i} \tanh(a_i v_i + t_i) + u_i,
 
     with W orthogonal and :math:`a_i, d_i > 0`, t_i and u_i functions of the coordinates of v before i (and of a
-    context) by a masked network; log a and log d are bounded smoothly, by 2 and 3. Invertible because the Jacobian of :math:`v + f(v)` is triangular with the diagonal
-    :math:`1 + (d_i - 1) \tanh' > 0`. Choose it where :class:`Sylvester` is not flexible enough.
+    context) by a masked network; log a and log d are bounded smoothly, by 2 and 3. Invertible because the Jacobian of
+    :math:`v + f(v)` is triangular with the diagonal :math:`1 + (d_i - 1) \tanh' > 0`. Choose it where
+    :class:`Sylvester` is not flexible enough.
 
     **Forward**: one evaluation of the network and two rotations by compact WY. **Inverse**: sweeps; each evaluates
     the network and solves every coordinate exactly. They end after at most D, in practice far fewer; a row leaves when

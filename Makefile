@@ -1,0 +1,45 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DATA ?=
+
+.PHONY: demo test lint types tutorials bench docs clean
+
+# torch first and pinned: any later request is then satisfied and pulls no other build
+$(VENV)/.core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch pyro-ppl numpy
+	$(INSTALL) --editable .
+	touch $@
+
+# one stamp an extra: test, tutorials, bench, docs, dev
+$(VENV)/.%: $(VENV)/.core
+	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+demo: $(VENV)/.tutorials
+	$(BIN)/python tutorials/quickstart.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q --numprocesses 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+tutorials: $(VENV)/.tutorials
+	for script in tutorials/*.py; do $(BIN)/python $$script --short --output tutorials/output/short || exit 1; done
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py --output benchmarks/results $(if $(DATA),--data $(DATA))
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info site tutorials/output
