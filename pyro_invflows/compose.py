@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
 from torch.distributions.transforms import ReshapeTransform, _InverseTransform
 
-from pyro_invflows.base import Bijection, sum_rightmost
+from pyro_invflows.base import Bijection, VolumePreserving, sum_rightmost
 from pyro_invflows.recompute import recompute
 
 __all__ = ["Chain", "Inverted", "stack"]
@@ -32,6 +32,14 @@ def _evaluate_inverse(part: Transform, y: Tensor) -> tuple[Tensor, Any]:
 
 def _log_det(part: Transform, x: Tensor, y: Tensor, aux: Any) -> Tensor:
     return part._log_det(x, y, aux) if isinstance(part, Bijection) else part.log_abs_det_jacobian(x, y)
+
+
+def _adds_nothing(part: Transform, x: Tensor, extra: int, total: Tensor | None) -> bool:
+    """Whether a part's log-det is zeros that would not even broadcast the sum so far."""
+    if total is None or not isinstance(part, VolumePreserving):
+        return False
+    shape = part._log_det_shape(x)
+    return total.shape == shape[: len(shape) - extra]
 
 
 def _inner_modules(transform: Transform) -> list[nn.Module]:
@@ -331,8 +339,10 @@ class Chain(Bijection, nn.ModuleList):
         total: Tensor | None = None
         event_dim = self.domain.event_dim
         for part, part_x, part_y, part_aux in aux:
-            term = sum_rightmost(_log_det(part, part_x, part_y, part_aux), event_dim - part.domain.event_dim)
-            total = term if total is None else total + term
+            extra = event_dim - part.domain.event_dim
+            if not _adds_nothing(part, part_x, extra, total):
+                term = sum_rightmost(_log_det(part, part_x, part_y, part_aux), extra)
+                total = term if total is None else total + term
             event_dim += part.codomain.event_dim - part.domain.event_dim
         return torch.zeros_like(x) if total is None else total
 

@@ -41,10 +41,11 @@ def _start(c: Tensor, d: Tensor) -> Tensor:
     a = c.abs()
     t = d - 1
     shifted, scaled = a - t, a / d
-    # tanh s <= s - s^3/5 on [0, 1], which bounds the root where the slope at 0 nearly vanishes
-    cubic = (5 * a / t.abs().clamp_min(torch.finfo(c.dtype).tiny)).pow(1 / 3)
     upper = torch.minimum(shifted, scaled)
-    upper = torch.where(cubic <= 1, torch.minimum(upper, cubic), upper)
+    if torch.compiler.is_compiling() or bool((d < 0.5).any()):
+        # tanh s <= s - s^3/5 on [0, 1], which bounds the root where the slope at 0 nearly vanishes
+        cubic = ((5 * a / t.abs().clamp_min(torch.finfo(c.dtype).tiny)).log() / 3).exp()
+        upper = torch.where(cubic <= 1, torch.minimum(upper, cubic), upper)
     return torch.copysign(torch.where(t >= 0, torch.maximum(shifted, scaled), upper), c)
 
 
@@ -62,39 +63,31 @@ def solve_tanh(c: Tensor, d: Tensor, settings: Newton | None = None) -> Solution
         settings: Tolerances; ``max_steps`` bounds the steps where it is below 40.
     """
     settings = Newton() if settings is None else settings
+    s, r, size, taken, _ = _scalar_newton(c, d, settings)
+    atol, rtol = settings.tolerances(s.dtype)
+    status = _status(r <= atol + rtol * size, r.isfinite())
+    return Solution(s, status, torch.full_like(status, taken, dtype=torch.int32), r)
+
+
+def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    """Return s, the size of its residual, that of the residual's terms, the steps, and whether all is at rounding."""
     t = d - 1
     s = _start(c, d)
     bound = min(settings.max_steps, _MAX_SCALAR_STEPS)
-    goal = 4 * torch.finfo(s.dtype).eps
+    size = t.abs() + 1 + c.abs()
+    goal = size * (4 * torch.finfo(s.dtype).eps)
     taken = 0
-    size = 1 + c.abs() + t.abs()
     while True:
         h = torch.tanh(s)
         r = torch.addcmul(s - c, t, h)
-        looking = not torch.compiler.is_compiling() and taken >= _SCALAR_STEPS and taken % 2 == 0
-        if taken == bound or (looking and not (r.abs() > goal * size).any()):
-            atol, rtol = settings.tolerances(s.dtype)
-            r = r.abs()
-            status = _status(r <= atol + rtol * size, r.isfinite())
-            return Solution(s, status, torch.full_like(status, taken, dtype=torch.int32), r)
-        square = h * h
-        s = torch.addcdiv(s, r, torch.addcmul(d, square, t, value=-1), value=-1)
+        if taken == bound or (taken >= _SCALAR_STEPS and taken % 2 == 0 and not torch.compiler.is_compiling()):
+            error = r.abs()
+            done = not torch.compiler.is_compiling() and bool((error <= goal).all())
+            if done or taken == bound:
+                return s, error, size, taken, done
+        # a cheaper form of the slope: only the step depends on its rounding
+        s = torch.addcdiv(s, r, torch.addcmul(d, h * h, t, value=-1), value=-1)
         taken += 1
-
-
-def _back_substitution(c: Tensor, strict: Tensor, d: Tensor, settings: Newton) -> Tensor:
-    """Solve the triangular system exactly, the last coordinate first. ``strict`` (*B, m, m) broadcasts with c."""
-    m = c.shape[-1]
-    shape = torch.broadcast_shapes(c.shape, d.shape, strict.shape[:-1])
-    h: list[Tensor] = []
-    s: list[Tensor] = []
-    for i in reversed(range(m)):
-        rhs = c[..., i]
-        if h:
-            rhs = rhs - (torch.stack(h, -1) * strict[..., i, i + 1 :].flip(-1)).sum(-1)
-        s.append(solve_tanh(rhs, d[..., i], settings).value)
-        h.append(torch.tanh(s[-1]))
-    return torch.stack([column.expand(shape[:-1]) for column in reversed(s)], dim=-1)
 
 
 def _newton_matrix(h: Tensor, strict: Tensor, d: Tensor) -> Tensor:
@@ -135,23 +128,17 @@ def solve_triangular_tanh(
         steps = torch.zeros(s.shape[:-1], dtype=torch.int32, device=s.device)
         return system.solution(s, system.residual(s), steps, settings)
     goal = 8 * torch.finfo(c.dtype).eps
+    small = goal * system.size
+    finite = system.c.isfinite().all(-1)
     s = _start(system.c, d)
     taken = 0
-    while True:
-        h = torch.tanh(s)
-        r = s - system.c + rows_times(h, system.transposed)
-        if taken % _CHEAP_STEPS == 0 or taken >= cheap_steps:
-            todo = ~(r.abs() <= goal * system.size).all(-1) & system.c.isfinite().all(-1)
-            if taken >= cheap_steps or not todo.any():
-                break
-        s = torch.addcdiv(s, r, tanh_slope(h, d), value=-1)
-        taken += 1
-    if settings.polish and not todo.all():
-        # one more brings rows that meet the goal to rounding, for the price of a small product
-        polished = torch.addcdiv(s, r, tanh_slope(h, d), value=-1)
-        polished_r = system.residual(polished)
-        better = (~todo & (polished_r.abs().amax(-1) <= r.abs().amax(-1))).unsqueeze(-1)
-        s, r = torch.where(better, polished, s), torch.where(better, polished_r, r)
+    todo = finite
+    while taken < cheap_steps and todo.any():
+        for _ in range(min(_CHEAP_STEPS, cheap_steps - taken)):
+            s, r = system.diagonal_step(s)
+            taken += 1
+        todo = ~(r.abs() <= small).all(-1) & finite  # of the point before the last step, which takes it to rounding
+    r = system.residual(s)
     steps = torch.full(s.shape[:-1], taken, dtype=torch.int32, device=s.device)
     if todo.any():
         s, r = s.clone(), r.clone()
@@ -180,7 +167,18 @@ class _System:
         return _System(self.c[mask], strict, d)
 
     def residual(self, s: Tensor) -> Tensor:
-        return s - self.c + rows_times(torch.tanh(s), self.transposed)
+        return self._residual(s, torch.tanh(s))
+
+    def _residual(self, s: Tensor, h: Tensor) -> Tensor:
+        if s.dim() == 2 and self.transposed.dim() == 2:
+            return torch.addmm(s - self.c, h, self.transposed)
+        return s - self.c + rows_times(h, self.transposed)
+
+    def diagonal_step(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the point after a step, and the residual before it."""
+        h = torch.tanh(s)
+        r = self._residual(s, h)
+        return torch.addcdiv(s, r, torch.addcmul(self.d, h * h, self.d - 1, value=-1), value=-1), r
 
     def back_substitution(self, settings: Newton) -> Tensor:
         """Solve exactly, the last coordinate first: m scalar equations."""
@@ -237,7 +235,8 @@ class _TanhRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(c: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:
-        return finish(solve_tanh(c, d, settings), owner, settings, given=c)
+        s, *_, done = _scalar_newton(c, d, settings)
+        return s if done else finish(solve_tanh(c, d, settings), owner, settings, given=c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -344,6 +343,15 @@ def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: li
     return [c, *moved[1:]]
 
 
+def _needs_graph(*tensors: Tensor) -> bool:
+    """Whether anything could ask for a derivative; where not, an autograd function only costs time."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+
+
 def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: str = "tanh_root") -> Tensor:
     """Return the s with ``s + (d - 1) tanh(s) = c``, element by element, differentiable in c and d.
 
@@ -365,7 +373,8 @@ def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: st
     """
     settings = Newton() if settings is None else settings
     if not torch.compiler.is_compiling():
-        return _TanhRoot.apply(c, d, settings, owner)
+        root = _TanhRoot.apply if _needs_graph(c, d) else _TanhRoot.forward
+        return root(c, d, settings, owner)
     with torch.no_grad():
         s = finish(solve_tanh(c.detach(), d.detach(), settings), owner, settings)
     for _ in range(2):  # Newton steps with a graph: the first gives first derivatives, the second up to third ones
@@ -396,7 +405,8 @@ def triangular_tanh_root(
     """
     settings = Newton(max_steps=8) if settings is None else settings
     if not torch.compiler.is_compiling():
-        return _TriangularRoot.apply(c, strict, d, settings, owner)
+        root = _TriangularRoot.apply if _needs_graph(c, strict, d) else _TriangularRoot.forward
+        return root(c, strict, d, settings, owner)
     with torch.no_grad():
         s = finish(solve_triangular_tanh(c.detach(), strict.detach(), d.detach(), settings), owner, settings)
     for _ in range(2):

@@ -142,7 +142,9 @@ class AffineCoupling(Bijection):
         if self.scale is None:
             return None, raw
         raw_scale, shift = raw.chunk(2, dim=self.dim)
-        return self.max_log_scale * torch.tanh(raw_scale / self.max_log_scale), shift
+        # m tanh(s / m), written with the sigmoid, which is several times faster than tanh on the CPU
+        m = self.max_log_scale
+        return (torch.sigmoid(raw_scale * (2 / m)) - 0.5) * (2 * m), shift
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         size = x.shape[self.dim] - self.split_dim
