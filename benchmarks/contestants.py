@@ -107,7 +107,7 @@ def pyro_flow() -> FlowContestant:
 
 
 def zuko_flow() -> FlowContestant:
-    """zuko's ``RealNVP``; its distribution is made anew at each call, as its manual does."""
+    """The ``RealNVP`` of zuko; its distribution is made anew at each call, as its manual does."""
     flow = zuko.flows.RealNVP(DIM, transforms=COUPLINGS, hidden_features=HIDDEN)
     return FlowContestant(set_weights(flow), lambda x: flow().log_prob(x), lambda n: flow().sample((n,)), False)
 
@@ -120,7 +120,7 @@ class _NflowsNet(nflows.nn.nets.MLP):
 
 
 def nflows_flow() -> FlowContestant:
-    """nflows' affine couplings with its MLP; masks of halves, in turn."""
+    """Affine couplings of nflows with its MLP; masks of halves, in turn."""
     half = torch.arange(DIM) >= DIM // 2
     layers = [
         nflows.transforms.AffineCouplingTransform(
@@ -134,16 +134,22 @@ def nflows_flow() -> FlowContestant:
     return FlowContestant(set_weights(flow), flow.log_prob, flow.sample, False)
 
 
-def normflows_flow() -> FlowContestant:
-    """normflows' coupling blocks with its MLP and its swap; sampling without the log-density that it also offers."""
+def normflows_flow(scale_map: str = "exp") -> FlowContestant:
+    """Coupling blocks of normflows with its MLP and its swap; sampling without the log-density that it also offers."""
     half = DIM // 2
     blocks = [
-        normflows.flows.AffineCouplingBlock(normflows.nets.MLP([half, *HIDDEN, 2 * half])) for _ in range(COUPLINGS)
+        normflows.flows.AffineCouplingBlock(normflows.nets.MLP([half, *HIDDEN, 2 * half]), scale_map=scale_map)
+        for _ in range(COUPLINGS)
     ]
     parts = _alternate(blocks, lambda: normflows.flows.Permute(DIM, mode="swap"))
     base = normflows.distributions.DiagGaussian(DIM, trainable=False)
     model = normflows.NormalizingFlow(base, parts)
     return FlowContestant(set_weights(model), model.log_prob, lambda n: model(base.sample(n)), False)
+
+
+def normflows_bounded_flow() -> FlowContestant:
+    """The same with normflows' bounded scale, a sigmoid; the default above is an unbounded exponential."""
+    return normflows_flow("sigmoid")
 
 
 def coupling_flows() -> dict[str, FlowContestant]:
@@ -156,6 +162,7 @@ def coupling_flows() -> dict[str, FlowContestant]:
         "zuko": zuko_flow(),
         "nflows": nflows_flow(),
         "normflows": normflows_flow(),
+        "normflows, bounded": normflows_bounded_flow(),
     }
 
 

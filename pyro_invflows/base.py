@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +115,15 @@ class Bijection(TransformModule):
     bijective = True
     #: Whether the log-det is exact and repeatable (estimators and bounds say False).
     exact = True
+    # Directions in which a pass draws noise. There the memo never answers, or a density would depend on whether it was
+    # warm; it may still serve the log-det.
+    _draws_forward = False
+    _draws_inverse = False
+    # Whether nothing but the layer's own last sample can be inverted: then the entry is no cache but the only answer,
+    # so that it is kept whatever the cache size, and not used up.
+    _only_own_sample = False
+    #: Whether a hypernetwork may set the layer's parameters (see Conditional).
+    conditionable = True
     #: Event size along ``dim`` that is required of the input; None where any size will do.
     input_dim: int | None = None
     dim: int = -1
@@ -166,6 +175,10 @@ class Bijection(TransformModule):
                     f"but got {known}."
                 )
         return sizes
+
+    def _leaves(self, inverse: bool) -> Iterator[tuple[Transform, bool]]:
+        """Yield the layers that a structure is made of, in the order of a pass, each with its own direction."""
+        yield self, inverse
 
     # ------------------------------------------------------------------ shapes and checks
 
@@ -265,16 +278,18 @@ class Bijection(TransformModule):
 
     def forward(self, x: Tensor) -> Tensor:
         entry = self._memo
-        if entry is not None and entry.direction == _INVERSE and entry.x is x and self._is_fresh(entry):
-            return entry.y
+        if entry is not None and entry.direction == _INVERSE and entry.x is x and not self._draws_forward:
+            if self._is_fresh(entry):
+                return entry.y
         y, aux = self._evaluate(x)
         self._remember(x, y, aux, _FORWARD)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         entry = self._memo
-        if entry is not None and entry.direction == _FORWARD and entry.y is y and self._is_fresh(entry):
-            return entry.x
+        if entry is not None and entry.direction == _FORWARD and entry.y is y and not self._draws_inverse:
+            if self._is_fresh(entry):
+                return entry.x
         x, aux = self._evaluate_inverse(y)
         self._remember(x, y, aux, _INVERSE)
         return x
@@ -289,7 +304,7 @@ class Bijection(TransformModule):
         """Return ``log|det dy/dx|``, of the broadcast of the batch shapes of the input and the parameters."""
         entry = self._memo
         if entry is not None and entry.x is x and entry.y is y and self._is_fresh(entry):
-            self._memo = None
+            self._use_up()
             return self._log_det(x, y, entry.aux)
         return self._log_det(x, y, self._aux(x, y))
 
@@ -310,16 +325,22 @@ class Bijection(TransformModule):
         entry = self._memo
         if entry is None or entry.direction != direction:
             return None
+        if self._draws_inverse if direction == _FORWARD else self._draws_forward:
+            return None
         asked, answer = (entry.y, entry.x) if direction == _FORWARD else (entry.x, entry.y)
         if asked is not value or not self._is_fresh(entry):
             return None
-        self._memo = None
+        self._use_up()
         return answer, entry.aux
+
+    def _use_up(self) -> None:
+        if not self._only_own_sample:
+            self._memo = None
 
     def _remember(self, x: Tensor, y: Tensor, aux: Any, direction: str) -> None:
         if torch.compiler.is_compiling():  # asked first, before a tensor or an attribute is touched
             return
-        if self._cache_size == 0 or torch._C._are_functorch_transforms_active():
+        if (self._cache_size == 0 and not self._only_own_sample) or torch._C._are_functorch_transforms_active():
             return
         stamp = self._stamp(x, y)
         self._memo = None if stamp is None else _Entry(x, y, aux, direction, *stamp)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
 from torch.distributions.transforms import ReshapeTransform, _InverseTransform
 
+from pyro_invflows import latents as noise
 from pyro_invflows.base import Bijection, VolumePreserving, sum_rightmost
 from pyro_invflows.recompute import recompute
 
@@ -84,6 +85,7 @@ class Inverted(Bijection):
         self.layer = layer
         for i, module in enumerate([] if isinstance(layer, nn.Module) else _inner_modules(layer)):
             self.add_module(f"inner_{i}", module)
+        self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -99,7 +101,7 @@ class Inverted(Bijection):
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
-        return getattr(self.layer, "exact", True)
+        return noise.is_exact(self)
 
     @property
     def sign(self) -> Any:
@@ -111,6 +113,9 @@ class Inverted(Bijection):
 
     def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
         return _trace(self.layer, sizes, not inverse)
+
+    def _leaves(self, inverse: bool) -> Iterator[tuple[Transform, bool]]:
+        return noise.leaves(self.layer, not inverse)
 
     def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
         return self.layer.forward_shape(shape) if inverse else self.layer.inverse_shape(shape)
@@ -212,6 +217,7 @@ class Chain(Bijection, nn.ModuleList):
                 for j, module in enumerate(_inner_modules(part)):
                     self.add_module(f"inner_{i}_{j}", module)
         self._length = i + 1 if (self._modules or self._foreign) else 0
+        self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
         # A compose knows how event dimensions add up.
         compose = ComposeTransform(list(self.parts))
         self.domain, self.codomain = compose.domain, compose.codomain
@@ -262,7 +268,11 @@ class Chain(Bijection, nn.ModuleList):
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
-        return all(getattr(part, "exact", True) for part in self.parts)
+        return noise.is_exact(self)
+
+    def _leaves(self, inverse: bool) -> Iterator[tuple[Transform, bool]]:
+        for part in reversed(self.parts) if inverse else self.parts:
+            yield from noise.leaves(part, inverse)
 
     @property
     def sign(self) -> Any:
@@ -308,6 +318,30 @@ class Chain(Bijection, nn.ModuleList):
         if value.dim() < event_dim:
             self._event_shape(value.shape, event_dim, inverse)
 
+    # ------------------------------------------------------------------ noise
+
+    def latents(self, y: Tensor) -> dict[str, Tensor]:
+        """Return all the randomness that made ``y``, from ``y`` alone: ``{"base": z, name: e, ...}``.
+
+        Each e is the noise that a :class:`~pyro_invflows.ConcatNoise` injected, coloured as it was. Together with
+        :meth:`from_latents` this is a bijection; the elements of all latents are as many as those of y.
+
+        Raises:
+            ValueError: if a ``ConcatNoise`` has no name or shares it, or if the chain holds a
+                :class:`~pyro_invflows.Slice`: what that dropped is not in y.
+        """
+        return noise.latents(self, y)
+
+    def from_latents(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """Return the ``y`` that the latents make.
+
+        Side inputs: noise that is not given is drawn, so any part may be supplied; batch dimensions broadcast.
+
+        Raises:
+            ValueError: if ``"base"`` is missing, a name is unknown, or as in :meth:`latents`.
+        """
+        return noise.from_latents(self, latents)
+
     # ------------------------------------------------------------------ hooks
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
@@ -332,6 +366,18 @@ class Chain(Bijection, nn.ModuleList):
             steps.append((part, x, y, aux))
             y = x
         return y, steps[::-1]
+
+    def _aux(self, x: Tensor, y: Tensor) -> Any:
+        # What lies between is rebuilt by the direction that draws nothing, or it would be of another sample.
+        if not self._draws_forward:
+            return self._evaluate(x)[1]
+        if not (self._draws_inverse or self._only_own_sample):
+            return self._evaluate_inverse(y)[1]
+        raise ValueError(
+            "Chain: the log-det of a chain that both injects and drops noise is known only for the last point that it "
+            "sampled or inverted: what was dropped is not in y, what was injected not in x. Use call_and_ladj, "
+            "inv_and_ladj or a distribution's log_prob."
+        )
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
         if isinstance(aux, Tensor):  # recomputing chains know it already

@@ -65,6 +65,11 @@ class Conditional(ConditionalTransformModule):
                 f"Conditional needs a layer of this library as its template, but got {type(template).__name__}; a "
                 "foreign transform has no parameters that could be batched."
             )
+        if not template.conditionable:
+            raise ValueError(
+                f"{type(template).__name__} cannot be conditioned: its parameters come from data. Use it as it is, "
+                "next to layers that take the context."
+            )
         self.context_dim = positive_int(context_dim, "context_dim", "Conditional")
         self.template = template
         for name, width in _contexts(template):
@@ -133,7 +138,7 @@ def _layers(layer: Bijection, prefix: str = "") -> Iterator[tuple[str, Bijection
 def _own_parameters(template: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
     for prefix, layer in _layers(template):
         for name, parameter in layer._parameters.items():
-            if parameter is not None:
+            if parameter is not None and layer.conditionable:
                 yield prefix + name, parameter
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -12,8 +13,9 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform, constraints, transform_to
 
-from pyro_invflows.base import call_and_ladj, inv_and_ladj, sum_rightmost
+from pyro_invflows.base import call_and_ladj, inv_and_ladj, positive_int, sum_rightmost
 from pyro_invflows.compose import Chain
+from pyro_invflows.latents import noise_flags
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -21,7 +23,7 @@ __all__ = ["Flow", "FlowDistribution"]
 class FlowDistribution(TransformedDistribution):
     """A ``TransformedDistribution`` that evaluates every layer once to score, and once to sample and score.
 
-    It gives the same numbers as ``TransformedDistribution`` and has its constructor.
+    It gives the same numbers as ``TransformedDistribution`` wherever the density is exact, and has its constructor.
 
     Example:
         >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
@@ -33,10 +35,30 @@ class FlowDistribution(TransformedDistribution):
 
     # No __init__ and no state of its own: expand(), plates and to_event() rebuild the parent.
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``."""
+    def log_prob(self, value: Tensor, *, num_particles: int = 1) -> Tensor:
+        """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``.
+
+        Where a :class:`~pyro_invflows.Slice` makes it a lower bound, ``num_particles`` draws of what was dropped tighten
+        it: their log-mean-exp (Burda et al. 2016). Elsewhere it changes nothing.
+
+        Raises:
+            ValueError: if ``num_particles`` is below 1, or above it with ``Slice(score="sample")``.
+        """
         if self._validate_args:
             self._validate_sample(value)
+        positive_int(num_particles, "num_particles", "log_prob")
+        flags = [noise_flags(transform) for transform in self.transforms] if num_particles > 1 else []
+        if any(flag.only_own_sample for flag in flags):
+            raise ValueError(
+                'log_prob: Slice(score="sample") knows one value of what it dropped, so num_particles must be 1.'
+            )
+        if any(flag.draws_inverse for flag in flags):
+            shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+            scores = self._score(value.expand(num_particles, *shape))
+            return scores.logsumexp(0) - math.log(num_particles)
+        return self._score(value)
+
+    def _score(self, value: Tensor) -> Tensor:
         event_dim = len(self.event_shape)
         total: Tensor | float = 0.0
         for transform in reversed(self.transforms):
@@ -46,7 +68,13 @@ class FlowDistribution(TransformedDistribution):
         return total + sum_rightmost(self.base_dist.log_prob(value), event_dim - len(self.base_dist.event_shape))
 
     def rsample_with_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer."""
+        """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer.
+
+        With ``Slice(score="data")`` the score draws afresh, as :meth:`log_prob` does.
+        """
+        if any(noise_flags(transform).draws_inverse for transform in self.transforms):
+            value = self.rsample(torch.Size(sample_shape))
+            return value, self._score(value)
         value = self.base_dist.rsample(torch.Size(sample_shape))
         total = self.base_dist.log_prob(value)
         base_batch = len(self.base_dist.event_shape)

@@ -102,6 +102,18 @@ def _negative_diagonal(dim: int) -> pf.Diagonal:
     return pf.Diagonal.from_matrix(torch.diag((-1.2) ** torch.arange(1, dim + 1)))
 
 
+def fitted(layer: pf.Whitening) -> pf.Whitening:
+    """Show a whitening correlated rows of its own width; the mean is not zero."""
+    d = layer.input_dim
+    generator = torch.Generator().manual_seed(d)
+    rows = torch.randn(4 * d + 5, d, generator=generator) @ torch.randn(d, d, generator=generator) + 2.0
+    return layer.fit(rows if layer.dim == -1 else rows[..., None, None])
+
+
+# What changes the dimension of an event cannot keep the promises of a bijection (there is no Jacobian, a pass may draw),
+# so ``ConcatNoise`` (exact) and ``Slice`` (bound) have no row here: ``tests/test_noise.py`` checks theirs.
+CHANGES_DIMENSION = {"ConcatNoise": "exact", "Slice": "bound"}
+
 CASES = [
     Case("sigmoid", "Sigmoid", pf.sigmoid),
     Case("tanh", "Tanh", pf.tanh),
@@ -186,6 +198,17 @@ CASES = [
         event=image,
         conditional=lambda d, c: pf.conditional_affine_coupling(d, c, [4], dim=-3),
     ),
+    Case("whitening", "Whitening", lambda d: fitted(pf.whitening(d))),
+    Case("whitening_pca_cor", "Whitening", lambda d: fitted(pf.whitening(d, method="pca-cor", shrinkage=0.2))),
+    Case(
+        "whitening_trainable",
+        "Whitening",
+        lambda d: fitted(pf.whitening(d, method="cholesky", trainable=True)),
+        # not 33: with U(-1, 1) everywhere in a triangle of that size, its condition number says more than the layer
+        dims=(1, 2, 5),
+    ),
+    Case("whitening_trainable_zca", "Whitening", lambda d: fitted(pf.whitening(d, trainable=True)), dims=(2, 5)),
+    Case("whitening_image", "Whitening", lambda d: fitted(pf.whitening(d, dim=-3)), dims=(1, 2), event=image),
     Case(
         "inverted",
         "Inverted",

@@ -18,6 +18,7 @@ FLOORS = [
     ["linalg"],
     ["solvers", "nn", "logdet"],
     ["base"],
+    ["latents"],
     ["recompute"],
     ["compose"],
     ["conditional"],

@@ -61,20 +61,17 @@ def masked_network(
     lowest = 0 if context_dim or input_dim == 1 else 1
     for width in hidden_dims:
         spread = torch.arange(width) % max(input_dim - lowest, 1) + lowest
-        degrees.append(spread.clamp_max(input_dim - 1))
+        # a width of zero becomes one unit that sees nothing: torch has no use for empty layers
+        degrees.append(spread.clamp_max(input_dim - 1) if width else torch.tensor([-1]))
     outputs = torch.arange(1, input_dim + 1).repeat(num_outputs) - 1
     layers: list[nn.Module] = []
     for i, (source, target) in enumerate(pairwise([*degrees, outputs])):
         if i:
             layers.append(activation())
         mask = target.unsqueeze(-1) >= source
-        if mask.shape[1]:
-            layers.append(MaskedLinear(mask))
-        else:  # nn.Linear warns about a zero-width input
-            linear = nn.utils.skip_init(nn.Linear, 0, mask.shape[0])
-            nn.init.zeros_(linear.bias)
-            layers.append(linear)
+        layers.append(MaskedLinear(mask))
     if zero_output:
-        for parameter in layers[-1].parameters():
-            nn.init.zeros_(parameter)
+        with torch.no_grad():
+            for parameter in layers[-1].parameters():
+                parameter.zero_()
     return nn.Sequential(*layers)

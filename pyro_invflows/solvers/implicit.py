@@ -210,6 +210,6 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(
-            f"{ctx.owner}: second derivatives through this inverse are not available (they would be wrong). Ask for "
-            "order=2 where the layer offers it, or use a layer whose inverse has derivatives of every order."
+            f"{ctx.owner}: this inverse has first derivatives only; second ones would be wrong. Build the layer with "
+            "order=2 where it offers that, or use a layer whose inverse has derivatives of every order."
         )

@@ -231,7 +231,7 @@ def _damped(direction: Callable[..., Tensor], event_dim: int, max_halvings: int)
         before = norm(r)
         new_x = x - d
         new_r = residual(new_x, *args)
-        if in_transform():
+        if in_transform(x):
             return new_x, new_r, state
         fraction = 1.0
         for _ in range(max_halvings):

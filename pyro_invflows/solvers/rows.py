@@ -49,7 +49,7 @@ def iterate(
     """
     batch = x0.shape[: x0.dim() - event_dim]
     atol, rtol = settings.tolerances(x0.dtype)
-    hidden = in_transform()
+    hidden = in_transform(x0)
     x, r = x0, residual(x0, *args)
 
     tolerance = atol + rtol * row_max(x0 if scale is None else scale, event_dim)

@@ -85,7 +85,7 @@ class Bisection(Settings):
         best, f_best = torch.where(closer, a, b), torch.where(closer, fa, fb)
         active = bracketed & (f_best != 0)
         steps = torch.zeros_like(x0, dtype=torch.int32)
-        hidden = in_transform()
+        hidden = in_transform(x0)
         for _ in range(self.max_steps):
             if not hidden and not active.any():
                 break
@@ -122,7 +122,7 @@ class Bisection(Settings):
         """Move the ends outwards until the signs differ; the inner end follows, so that the bracket stays tight."""
         fa, fb = residual(a), residual(b)
         width = (b - a).abs()
-        hidden = in_transform()
+        hidden = in_transform(x0)
         for _ in range(0 if fixed else self.max_growth):
             outside = (fa.sign() * fb.sign() > 0) & fa.isfinite() & fb.isfinite()
             if not hidden and not outside.any():

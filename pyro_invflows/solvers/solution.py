@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_invflows.errors import ConvergenceError, ConvergenceWarning
 
-__all__ = ["Settings", "Solution", "Status", "finish", "in_transform", "row_max", "where_rows"]
+__all__ = ["Settings", "Solution", "Status", "finish", "in_transform", "is_blind", "row_max", "where_rows"]
 
 
 class Status(IntEnum):
@@ -97,9 +97,14 @@ class Settings:
         return default if self.atol is None else self.atol, default if self.rtol is None else self.rtol
 
 
-def in_transform() -> bool:
-    """Whether values cannot be looked at, because a graph is being traced or ``torch.func`` is at work."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def is_blind(value: Tensor) -> bool:
+    """Whether the value cannot be looked at: a graph is being traced, or it is on the meta device."""
+    return torch.compiler.is_compiling() or value.is_meta
+
+
+def in_transform(value: Tensor) -> bool:
+    """Whether the value cannot be looked at, or ``torch.func`` may hide it."""
+    return is_blind(value) or torch._C._are_functorch_transforms_active()
 
 
 def row_max(value: Tensor, event_dim: int) -> Tensor:
@@ -128,8 +133,8 @@ def finish(solution: Solution, owner: str, settings: Settings, *, given: Tensor 
     Raises:
         ConvergenceError: if rows failed and ``on_failure="raise"``.
     """
-    failed = solution.status != Status.CONVERGED
-    hidden = in_transform()
+    failed = solution.status != int(Status.CONVERGED)  # dynamo does not compare with an enum
+    hidden = in_transform(solution.value)
     if not hidden and not failed.any():
         return solution.value
     value = where_rows(failed, torch.full_like(solution.value, torch.nan), solution.value)

@@ -40,6 +40,7 @@ from pyro_invflows.transforms.linear import (
     svd_linear,
 )
 from pyro_invflows.transforms.lowrank import LowRankLinear, conditional_low_rank_linear, low_rank_linear
+from pyro_invflows.transforms.noise import ConcatNoise, Slice, inject_noise, whitened_noise
 from pyro_invflows.transforms.numerical import NumericalInverse, numerical_inverse
 from pyro_invflows.transforms.planar import Planar, Radial, conditional_planar, conditional_radial, planar, radial
 from pyro_invflows.transforms.shape import (
@@ -56,12 +57,14 @@ from pyro_invflows.transforms.sylvester import (
     generalized_sylvester,
     sylvester,
 )
+from pyro_invflows.transforms.whitening import Whitening, whitening
 
 __all__ = [
     "ELU",
     "SELU",
     "AffineCoupling",
     "Baird",
+    "ConcatNoise",
     "Diagonal",
     "GeneralizedSylvester",
     "Interval",
@@ -77,8 +80,10 @@ __all__ = [
     "SVDLinear",
     "Shift",
     "Sigmoid",
+    "Slice",
     "Sylvester",
     "Tanh",
+    "Whitening",
     "affine_coupling",
     "baird",
     "conditional_affine_coupling",
@@ -96,6 +101,7 @@ __all__ = [
     "diagonal",
     "elu",
     "generalized_sylvester",
+    "inject_noise",
     "interval",
     "leaky_relu",
     "low_rank_linear",
@@ -112,4 +118,6 @@ __all__ = [
     "svd_linear",
     "sylvester",
     "tanh",
+    "whitened_noise",
+    "whitening",
 ]

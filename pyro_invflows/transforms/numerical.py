@@ -35,7 +35,7 @@ class NumericalInverse(Bijection):
     depend on the others. Implicit gradient to y and to every parameter of t, through one more evaluation; the linear
     solve is exact. First derivatives, reverse and forward mode; ``order=2`` for second ones; ``order=1`` raises
     ``NotImplementedError`` there. Raises ``ConvergenceError`` where a row fails; NaN for a y that is not finite.
-    ``torch.compile`` takes the forward direction only. **Log-det**: t's. **Identity**: where t is.
+    ``torch.compile`` breaks its graph at the inverse. **Log-det**: t's. **Identity**: where t is.
 
     Args:
         transform: t; its domain must be all of R^n, its event dimension the same on both sides. A module's parameters
@@ -156,6 +156,7 @@ class NumericalInverse(Bijection):
         event_dim = self.domain.event_dim
         self._event_shape(value.shape, event_dim, inverse)
 
+    @torch.compiler.disable  # compiled code breaks its graph here; fullgraph=True raises
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_size(y, inverse=True)
         y = y.expand(self.inverse_shape(y.shape))
@@ -192,7 +193,7 @@ class NumericalInverse(Bijection):
         if isinstance(self.solver, Bisection):
             return _by_rows(self.solver(residual, start, scale=y), event_dim)
         solution = self.solver(residual, start, event_dim=event_dim, scale=y, gather=False)  # type: ignore[operator]
-        if self.structure != "triangular" or in_transform():
+        if self.structure != "triangular" or in_transform(y):
             return solution
         given = y.isfinite().all(-1)
         todo = (solution.status != Status.CONVERGED) & given
@@ -204,24 +205,30 @@ class NumericalInverse(Bijection):
         """Solve one coordinate after the other; then let Newton's method take the rest of the way to rounding."""
         x = where_rows(todo, torch.zeros_like(y), solution.value)
         bisection = Bisection(atol=self.solver.atol, rtol=self.solver.rtol)
-        steps = solution.num_steps.clone()
+        status, steps = solution.status.clone(), solution.num_steps.clone()
+        left = todo
         for i in self._order(y.shape[-1]):
 
             def one(value: Tensor, x: Tensor = x, i: int = i) -> Tensor:
                 return residual(torch.cat([x[..., :i], value.unsqueeze(-1), x[..., i + 1 :]], dim=-1))[..., i]
 
             root = bisection(one, x[..., i], scale=y.abs().amax(-1))
-            found = torch.where(todo, root.value, x[..., i])
+            found = torch.where(left, root.value, x[..., i])
             x = torch.cat([x[..., :i], found.unsqueeze(-1), x[..., i + 1 :]], dim=-1)
-            steps = torch.maximum(steps, root.num_steps)
-        if isinstance(self.solver, Newton):
-            polished = self.solver(residual, x, event_dim=1, scale=y, gather=False)
-            return polished._replace(num_steps=torch.where(todo, steps, solution.num_steps))
-        r = residual(x).abs().amax(-1)
-        atol, rtol = self.solver.tolerances(y.dtype)
-        met = r <= atol + rtol * y.abs().amax(-1)
-        status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS)).to(torch.int8)
-        return Solution(x, status, steps, r)
+            steps = torch.where(left, torch.maximum(steps, root.num_steps), steps)
+            # a coordinate that has no root ends its row, which keeps the reason
+            status = torch.where(left, root.status, status)
+            left = left & root.converged
+        polish = (
+            self.solver if isinstance(self.solver, Newton) else Newton(atol=self.solver.atol, rtol=self.solver.rtol)
+        )
+        polished = polish(residual, x, event_dim=1, scale=y, gather=False)
+        return Solution(
+            where_rows(left, polished.value, x),
+            torch.where(left, polished.status, status),
+            steps,
+            torch.where(left | ~todo, polished.residual, residual(x).abs().amax(-1)),
+        )
 
     def _order(self, size: int) -> list[int]:
         if self.ordering is not None:

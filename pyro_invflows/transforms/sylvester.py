@@ -199,9 +199,9 @@ class GeneralizedSylvester(Bijection):
     **Forward**: one evaluation of the network and two rotations by compact WY. **Inverse**: sweeps; each evaluates
     the network and solves every coordinate exactly. They end after at most D, in practice far fewer; a row leaves when
     it is done. First derivatives in reverse mode by the implicit function theorem (second ones raise
-    ``NotImplementedError``); under ``torch.func`` and while compiling, D sweeps with a graph, with derivatives of
-    every order. **Log-det**: :math:`\sum_i \log(\tanh^2 + d_i (1 - \tanh^2))`, O(D) more, exact. **Identity**: the
-    start, exactly; W is drawn from torch's generator.
+    ``NotImplementedError``); with ``order=2``, under ``torch.func`` and while compiling, D sweeps with a graph, with
+    derivatives of every order. **Log-det**: :math:`\sum_i \log(\tanh^2 + d_i (1 - \tanh^2))`, O(D) more, exact.
+    **Identity**: the start, exactly; W is drawn from torch's generator.
 
     Args:
         input_dim: D.
@@ -210,6 +210,7 @@ class GeneralizedSylvester(Bijection):
         context_dim: Width of the context that the network also takes (see :class:`~pyro_invflows.Conditional`); while
             not conditioned, the context is zero.
         activation: Constructor of the network's activation.
+        order: Highest order of derivatives of the inverse, 1 or 2; 2 takes D sweeps with a graph.
         solver: Tolerances, bound on the sweeps (D where left out) and what happens on failure.
 
     Shape:
@@ -225,7 +226,7 @@ class GeneralizedSylvester(Bijection):
 
     Example:
         >>> layer = GeneralizedSylvester(3)
-        >>> _ = torch.nn.init.normal_(layer.network[-1].weight, std=0.1)
+        >>> _ = torch.nn.init.normal_(layer.hypernet[-1].weight, std=0.1)
         >>> x = torch.randn(5, 3)
         >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
         True
@@ -243,11 +244,15 @@ class GeneralizedSylvester(Bijection):
         num_reflections: int | None = None,
         context_dim: int = 0,
         activation: Callable[[], nn.Module] = nn.Tanh,
+        order: int = 1,
         solver: Settings | None = None,
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
         owner = "GeneralizedSylvester"
+        if order not in (1, 2):
+            raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
+        self.order = order
         self.context_dim = positive_int(context_dim, "context_dim", owner, minimum=0)
         k = input_dim - input_dim % 2 if num_reflections is None else num_reflections
         self.num_reflections = positive_int(k, "num_reflections", owner, minimum=0)
@@ -258,7 +263,7 @@ class GeneralizedSylvester(Bijection):
         self.register_buffer("triangle", linalg.triangle_mask(k, torch.empty(())), persistent=False)
         self.register_buffer("context", None, persistent=False)
         hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else list(hidden_dims)
-        self.network = masked_network(
+        self.hypernet = masked_network(
             input_dim, hidden, 4, context_dim=context_dim, activation=activation, zero_output=True
         )
         self.reset_parameters()
@@ -274,7 +279,7 @@ class GeneralizedSylvester(Bijection):
                 context = v.new_zeros(self.context_dim)
             batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
             v = torch.cat([v.expand(*batch, -1), context.expand(*batch, -1)], dim=-1)
-        log_a, log_d, t, u = self.network(v).chunk(4, dim=-1)
+        log_a, log_d, t, u = self.hypernet(v).chunk(4, dim=-1)
         log_a = _LARGEST_LOG_A * torch.tanh(log_a / _LARGEST_LOG_A)
         return log_a, (_LARGEST_LOG_D * torch.tanh(log_d / _LARGEST_LOG_D)).exp(), t, u
 
@@ -306,7 +311,7 @@ class GeneralizedSylvester(Bijection):
         z = self._rotate(y, transpose=True)
         if self.context is not None:
             z = z.expand(*torch.broadcast_shapes(z.shape[:-1], self.context.shape[:-1]), self.input_dim)
-        if in_transform():
+        if in_transform(z) or (self.order == 2 and torch.is_grad_enabled()):
             v = self._sweep_with_graph(z)
         else:
             with torch.no_grad():
