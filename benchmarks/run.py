@@ -1,8 +1,8 @@
 """Measure what this library promises, side by side with its peers, and write a table.
 
 ``python benchmarks/run.py --output benchmarks/results/`` writes ``foundation.md`` and ``foundation.json``. Speed is
-given as ratios of times that were taken in turns (see ``timing.py``), with two threads. Both cores must be free: torch's
-threads wait for each other, and a neighbour slows the contestants by different factors.
+given as ratios of times that were taken in turns (see ``timing.py``), with two threads. Run it on a
+machine that does nothing else: torch's threads wait for each other, and a neighbour slows the contestants unevenly.
 """
 
 from __future__ import annotations

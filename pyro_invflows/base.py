@@ -196,8 +196,11 @@ class Bijection(TransformModule):
             )
         if not event_dim:
             return ()
-        sizes = self.trace_event({i - event_dim: n for i, n in enumerate(shape[-event_dim:])}, inverse)
         other = (self.domain if inverse else self.codomain).event_dim
+        plain = type(self).trace_event is Bijection.trace_event and other == event_dim
+        if plain and self.input_dim in (None, shape[self.dim]):  # most layers; a Flow asks at each call
+            return tuple(shape[-event_dim:])
+        sizes = self.trace_event({i - event_dim: n for i, n in enumerate(shape[-event_dim:])}, inverse)
         return tuple(sizes[i] for i in range(-other, 0))
 
     def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
@@ -278,18 +281,28 @@ class Bijection(TransformModule):
 
     def forward(self, x: Tensor) -> Tensor:
         entry = self._memo
-        if entry is not None and entry.direction == _INVERSE and entry.x is x and not self._draws_forward:
-            if self._is_fresh(entry):
-                return entry.y
+        if (
+            entry is not None
+            and entry.direction == _INVERSE
+            and entry.x is x
+            and not self._draws_forward
+            and self._is_fresh(entry)
+        ):
+            return entry.y
         y, aux = self._evaluate(x)
         self._remember(x, y, aux, _FORWARD)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
         entry = self._memo
-        if entry is not None and entry.direction == _FORWARD and entry.y is y and not self._draws_inverse:
-            if self._is_fresh(entry):
-                return entry.x
+        if (
+            entry is not None
+            and entry.direction == _FORWARD
+            and entry.y is y
+            and not self._draws_inverse
+            and self._is_fresh(entry)
+        ):
+            return entry.x
         x, aux = self._evaluate_inverse(y)
         self._remember(x, y, aux, _INVERSE)
         return x

@@ -38,8 +38,8 @@ class FlowDistribution(TransformedDistribution):
     def log_prob(self, value: Tensor, *, num_particles: int = 1) -> Tensor:
         """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``.
 
-        Where a :class:`~pyro_invflows.Slice` makes it a lower bound, ``num_particles`` draws of what was dropped tighten
-        it: their log-mean-exp (Burda et al. 2016). Elsewhere it changes nothing.
+        Where a :class:`~pyro_invflows.Slice` makes it a lower bound, ``num_particles`` draws of what was dropped
+        tighten it: their log-mean-exp (Burda et al. 2016). Elsewhere it changes nothing.
 
         Raises:
             ValueError: if ``num_particles`` is below 1, or above it with ``Slice(score="sample")``.
@@ -65,7 +65,7 @@ class FlowDistribution(TransformedDistribution):
             value, ladj = inv_and_ladj(transform, value)
             total = total + sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
-        return total + sum_rightmost(self.base_dist.log_prob(value), event_dim - len(self.base_dist.event_shape))
+        return total + sum_rightmost(_log_prob(self.base_dist, value), event_dim - len(self.base_dist.event_shape))
 
     def rsample_with_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer.
@@ -76,7 +76,7 @@ class FlowDistribution(TransformedDistribution):
             value = self.rsample(torch.Size(sample_shape))
             return value, self._score(value)
         value = self.base_dist.rsample(torch.Size(sample_shape))
-        total = self.base_dist.log_prob(value)
+        total = _log_prob(self.base_dist, value)
         base_batch = len(self.base_dist.event_shape)
         total = sum_rightmost(total, self._base_event_dim() - base_batch)
         event_dim = self._base_event_dim()
@@ -92,6 +92,13 @@ class FlowDistribution(TransformedDistribution):
         for transform in reversed(self.transforms):
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
         return event_dim
+
+
+def _log_prob(base: Distribution, value: Tensor) -> Tensor:
+    """Return ``base.log_prob(value)``; torch's ``Independent`` fails on empty batches."""
+    if isinstance(base, Independent):
+        return sum_rightmost(_log_prob(base.base_dist, value), base.reinterpreted_batch_ndims)
+    return base.log_prob(value)
 
 
 class Flow(nn.Module, ConditionalDistribution):

@@ -7,9 +7,8 @@ chains, :class:`~pyro_invflows.Inverted` and torch's own wrappers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, Transform
 from torch.distributions.transforms import _InverseTransform
@@ -79,8 +78,8 @@ def noise_flags(transform: Transform) -> NoiseFlags:
     scores = {leaf.score for leaf, inverse in noisy if inverse}
     if len(scores) > 1:
         raise ValueError(
-            'A chain cannot hold both Slice(score="data") and Slice(score="sample"): one bounds the density from below, '
-            "the other from above, so that together they bound nothing. Use the same score."
+            'A chain cannot hold both Slice(score="data") and Slice(score="sample"): one bounds the density from '
+            "below, the other from above, so that together they bound nothing. Use the same score."
         )
     return NoiseFlags(any(not inverse for _, inverse in noisy), "data" in scores, "sample" in scores)
 
@@ -125,7 +124,7 @@ def latents(transform: Transform, y: Tensor) -> dict[str, Tensor]:
     return {"base": y, **dict(reversed(found.items()))}
 
 
-def from_latents(transform: Transform, given: Mapping[str, Any]) -> Tensor:
+def from_latents(transform: Transform, given: Mapping[str, Tensor]) -> Tensor:
     """Return the ``y`` that these latents make; noise that is not given is drawn."""
     names = _named(transform)
     if "base" not in given:
@@ -137,7 +136,7 @@ def from_latents(transform: Transform, given: Mapping[str, Any]) -> Tensor:
     for leaf, inverse in leaves(transform):
         if isinstance(leaf, NoiseInjection) and leaf.name in given:
             leaf._check(y, inverse=False)
-            y = leaf.join(y, torch.as_tensor(given[leaf.name], dtype=y.dtype, device=y.device))
+            y = leaf.join(y, given[str(leaf.name)])
         else:
             y = _step(leaf, y, inverse)
     return y

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
@@ -110,9 +111,13 @@ def fitted(layer: pf.Whitening) -> pf.Whitening:
     return layer.fit(rows if layer.dim == -1 else rows[..., None, None])
 
 
-# What changes the dimension of an event cannot keep the promises of a bijection (there is no Jacobian, a pass may draw),
-# so ``ConcatNoise`` (exact) and ``Slice`` (bound) have no row here: ``tests/test_noise.py`` checks theirs.
+# What changes the dimension of an event cannot keep the promises of a bijection (there is no Jacobian, a pass may
+# draw), so these have no row below. ``tests/test_noise.py`` checks what they promise instead, by this tag.
 CHANGES_DIMENSION = {"ConcatNoise": "exact", "Slice": "bound"}
+
+#: What a layer with an iterative inverse may lack; the suite asserts that it then says so.
+FIRST_ORDER_INVERSE = frozenset({"first order inverse"})
+EAGER_INVERSE = FIRST_ORDER_INVERSE | {"eager inverse"}
 
 CASES = [
     Case("sigmoid", "Sigmoid", pf.sigmoid),
@@ -209,6 +214,26 @@ CASES = [
     ),
     Case("whitening_trainable_zca", "Whitening", lambda d: fitted(pf.whitening(d, trainable=True)), dims=(2, 5)),
     Case("whitening_image", "Whitening", lambda d: fitted(pf.whitening(d, dim=-3)), dims=(1, 2), event=image),
+    Case("planar", "Planar", pf.planar, conditional=pf.conditional_planar),
+    Case("radial", "Radial", pf.radial, conditional=pf.conditional_radial),
+    Case("sylvester", "Sylvester", pf.sylvester, conditional=pf.conditional_sylvester),
+    Case("sylvester_full", "Sylvester", lambda d: pf.sylvester(d, d), (1, 5)),
+    Case(
+        "generalized_sylvester",
+        "GeneralizedSylvester",
+        lambda d: pf.generalized_sylvester(d, [8]),
+        (1, 2, 5),
+        conditional=lambda d, c: pf.conditional_generalized_sylvester(d, c, [8]),
+        tags=FIRST_ORDER_INVERSE,
+    ),
+    Case("low_rank_linear", "LowRankLinear", pf.low_rank_linear, conditional=pf.conditional_low_rank_linear),
+    Case(
+        "numerical_inverse",
+        "NumericalInverse",
+        lambda d: pf.NumericalInverse(dist.transforms.planar(d)),
+        (2, 5),
+        tags=EAGER_INVERSE,
+    ),
     Case(
         "inverted",
         "Inverted",

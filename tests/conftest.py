@@ -10,6 +10,7 @@ torch.set_num_threads(1)  # the runner uses one process a core
 @pytest.fixture(autouse=True)
 def _fresh_start():
     torch.manual_seed(0)
+    torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile switches it off, for good
     pyro.clear_param_store()
     yield
     assert torch.get_default_dtype() == torch.float32

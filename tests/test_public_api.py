@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, CHANGES_DIMENSION
 
 import pyro_invflows as pf
 from pyro_invflows import transforms
@@ -42,13 +42,16 @@ def test_exports_exist_once():
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_is_complete(name):
     layer = getattr(pf, name)
-    assert name in {case.layer for case in CASES}, "no row in the registry"
+    assert name in {case.layer for case in CASES} | set(CHANGES_DIMENSION), "no row in the registry"
     doc = inspect.getdoc(layer)
     for part in ("**Forward**", "**Inverse**", "**Log-det**", "**Identity**", "Example:"):
         assert part in doc, f"the docstring lacks {part}"
     if name not in STRUCTURE:
         for part in (".. math::", "Shape:", "Choose it"):
             assert part in doc, f"the docstring lacks {part}"
+    if name in CHANGES_DIMENSION:
+        assert f"**{CHANGES_DIMENSION[name]}**" in doc, "the docstring lacks the word exact or bound"
+    elif name not in STRUCTURE:
         factory = FACTORY.get(name, snake(name))
         assert factory in pf.__all__, "no factory"
         made = getattr(pf, factory)(4)
@@ -71,7 +74,7 @@ def test_public_docstrings_and_annotations(name):
                 assert parameter.annotation is not inspect.Parameter.empty, f"{name}: {parameter.name}"
 
 
-STRUCTURAL = {"input_dim", "hidden_dim", "rank", "context_dim", "split_dim", "hidden_dims"}
+STRUCTURAL = {"input_dim", "noise_dim", "hidden_dim", "rank", "context_dim", "split_dim", "hidden_dims"}
 
 
 @pytest.mark.parametrize("name", [n for n in transforms.__all__ if n.islower()])

@@ -24,7 +24,7 @@ MAKERS = {
     "radial": pf.radial,
     "sylvester": pf.sylvester,
     "sylvester_one": lambda d: pf.sylvester(d, 1),
-    "sylvester_many_reflections": lambda d: pf.sylvester(d, (d + 1) // 2, d + 3),
+    "sylvester_many_reflections": lambda d: pf.sylvester(d, (d + 1) // 2, num_reflections=d + 3),
     "generalized_sylvester": lambda d: pf.generalized_sylvester(d, [8]),
 }
 ALL = [pytest.param(make, id=name) for name, make in MAKERS.items()]
@@ -331,7 +331,7 @@ def test_failure_names_the_layer():
     [
         (lambda: pf.Sylvester(4, 0), ValueError, "hidden_dim"),
         (lambda: pf.Sylvester(4, 5), ValueError, "between 1 and input_dim"),
-        (lambda: pf.Sylvester(4, 2, -1), ValueError, "num_reflections"),
+        (lambda: pf.Sylvester(4, 2, num_reflections=-1), ValueError, "num_reflections"),
         (lambda: pf.Sylvester(4, 2, solver=Settings()), TypeError, "solver"),
         (lambda: pf.Planar(4, solver="newton"), TypeError, "solver"),
         (lambda: pf.Planar(0), ValueError, "input_dim"),

@@ -2,8 +2,8 @@ r"""Layers that change the dimension: injected noise, and its inverse, which dro
 
 Injection is a map :math:`(x, e) \mapsto [x, e]` whose second argument is drawn, so its density is exact:
 :math:`p(y) = p(x)\,p(e)`. Dropping is a marginal, and what was dropped must be guessed: a bound. Both in Nielsen,
-Jaini, Hoogeboom, Winther and Welling (2020), *SurVAE flows*, section 3, as generative slicing and its inverse; injection
-also in Huang, Dinh and Courville (2020), *Augmented normalizing flows*.
+Jaini, Hoogeboom, Winther and Welling (2020), *SurVAE flows*, section 3, as inference and generative slicing;
+injection also in Huang, Dinh and Courville (2020), *Augmented normalizing flows*.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class ConcatNoise(NoiseInjection):
     Invertible, as a pair with its noise, because x and e both stand in y. Choose it to let a flow grow: a small base,
     data of a larger dimension. Forwards it draws, from torch's global generator, anew at each call.
 
-    Density: **exact**. Its inverse, ``layer.inv`` or :class:`~pyro_invflows.Inverted`, is a :class:`Slice`, whose density
-    is a bound.
+    Density: **exact**. Its inverse, ``layer.inv`` or :class:`~pyro_invflows.Inverted`, is a :class:`Slice`, whose
+    density is a bound.
 
     **Forward**: one sample of the noise. **Inverse**: drops e; free. **Log-det**: :math:`-\log p(e)`, with e read off
     y: by itself it makes :math:`\log p(y) = \log p(x) + \log p(e)`. **Identity**: never, the event grows.
@@ -44,9 +44,9 @@ class ConcatNoise(NoiseInjection):
     ``ComposeTransform``: that runs its parts again for the log-det, which draws other noise.
 
     Args:
-        noise: A :class:`~pyro_invflows.Flow`, kept as a module, or a distribution with ``rsample`` and real vectors as its
-            support, of which a flow is made: its arguments become buffers, so that ``.to()`` reaches them. It must have
-            the input's dtype. A flow with conditional parts is conditioned on x.
+        noise: A :class:`~pyro_invflows.Flow`, kept as a module, or a distribution with ``rsample`` and real vectors as
+            its support, of which a flow is made: its arguments become buffers, so that ``.to()`` reaches them. It must
+            have the input's dtype. A flow with conditional parts is conditioned on x.
         dim: Axis that grows; -1 for vectors, -3 for the channels of images. Noise with a one-dimensional event is then
             drawn for each pixel; otherwise its event is the image ``(k, H, W)``.
         name: Key of the noise in :meth:`Chain.latents`.
@@ -99,20 +99,22 @@ class ConcatNoise(NoiseInjection):
     def _probe(self) -> torch.Size:
         """Return the noise's event shape; refuse noise that cannot be injected."""
         if self.noise.is_conditional:
-            widths = {part.context_dim for part in self.noise.transforms if hasattr(part, "context_dim")}
-            self.input_dim = self.input_dim or next(iter(widths), None)
+            if self.input_dim is None:
+                widths = [getattr(part, "context_dim", None) for part in self.noise.transforms]
+                self.input_dim = next((width for width in widths if width), None)
             if self.input_dim is None:
                 raise ValueError("ConcatNoise: the width of the noise's context cannot be known; give input_dim.")
             d = self.noise(torch.zeros(self.input_dim, dtype=self._noise_dtype(), device=self._noise_tensor().device))
         else:
             d = self.noise()
-        support = d.support
-        while isinstance(support, constraints.independent):
-            support = support.base_constraint
-        if support is not constraints.real:
+        transform = d.transforms[0]
+        # a layer on all real vectors says nothing about the range of what goes in
+        support = [transform.codomain, d.base_dist.support if _is_real(transform.domain) else transform.codomain]
+        if not all(map(_is_real, support)):
             raise ValueError(
-                f"ConcatNoise needs noise on all real vectors, but its support is {support}. Give a distribution with "
-                "real support, or a Flow that maps it there, for example through Interval(low, high).inv."
+                "ConcatNoise needs noise on all real vectors, but its support is "
+                f"{next(s for s in support if not _is_real(s))}. Give a distribution with real support, or a Flow that "
+                "maps it there, for example through Interval(low, high).inv."
             )
         if not d.has_rsample:
             raise ValueError(
@@ -255,15 +257,15 @@ class Slice(Inverted):
 
     .. math:: x = [y, e] \mapsto y, \qquad \log p(y) \approx \log p([y, e]) - \log r(e \mid y).
 
-    Invertible only as a guess: e is gone, and r, the ``noise``, stands in for the posterior of e given y. Choose it to let
-    a flow shrink, for example behind a :class:`ConcatNoise` in a guide.
+    Invertible only as a guess: e is gone, and r, the ``noise``, stands in for the posterior of e given y. Choose it to
+    let a flow shrink, for example behind a :class:`ConcatNoise` in a guide.
 
     Density: a **bound**, by the choice of e, so the layer is told which:
 
     * ``score="data"`` draws a fresh e for each score: in expectation **below** the log-density, whatever was sampled
       before. Maximum likelihood. ``FlowDistribution.log_prob(y, num_particles=K)`` draws K and closes in on it.
-    * ``score="sample"`` takes the e that was truly dropped: in expectation **above** the log-density, so that the ELBO of
-      a guide remains a bound. It raises on anything but the last point sampled.
+    * ``score="sample"`` takes the e that was truly dropped: in expectation **above** the log-density, so that the ELBO
+      of a guide remains a bound. It raises on anything but the last point sampled.
 
     **Forward**: drops; free. **Inverse**: one sample of the noise. **Log-det**: :math:`\log r(e \mid y)`.
     **Identity**: never, the event shrinks.
@@ -330,12 +332,18 @@ def _as_flow(noise: Any) -> Flow:
         )
     if _needs_grad(noise):
         raise TypeError(
-            f"ConcatNoise makes a module of its noise, which would cut this {type(noise).__name__} off from the tensors "
-            "that require its gradient. Give a Flow(noise, [], trainable_base=True), which learns them itself."
+            f"ConcatNoise makes a module of its noise, which would cut this {type(noise).__name__} off from its "
+            "tensors that require gradients. Give a Flow(noise, [], trainable_base=True), which learns them itself."
         )
     if isinstance(noise, TransformedDistribution):
         return Flow(noise.base_dist, noise.transforms)
     return Flow(noise, [])
+
+
+def _is_real(constraint: constraints.Constraint) -> bool:
+    while hasattr(constraint, "base_constraint"):  # independent ones, and those of mixtures
+        constraint = constraint.base_constraint
+    return constraint is constraints.real
 
 
 def _needs_grad(distribution: Distribution) -> bool:

@@ -156,8 +156,13 @@ class NumericalInverse(Bijection):
         event_dim = self.domain.event_dim
         self._event_shape(value.shape, event_dim, inverse)
 
-    @torch.compiler.disable  # compiled code breaks its graph here; fullgraph=True raises
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that one imports the compiler.
+            return torch.compiler.disable(self._solve_and_attach)(y)
+        return self._solve_and_attach(y)
+
+    def _solve_and_attach(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_size(y, inverse=True)
         y = y.expand(self.inverse_shape(y.shape))
         event_dim = self.domain.event_dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +58,22 @@ class Permute(VolumePreserving):
         super().__init__(len(index), dim=dim, cache_size=cache_size)
         self.register_buffer("permutation", index)
         self.register_buffer("inverse_permutation", index.argsort())
+        self._note_reversal()
+
+    def _note_reversal(self) -> None:
+        # the usual permutation between couplings, and a flip takes less than half of a gather's time
+        index = self.permutation
+        self._reverses = not index.is_meta and index.tolist() == list(range(len(index)))[::-1]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._note_reversal()
 
     def _function(self, x: Tensor) -> Tensor:
-        return x.index_select(self.dim, self.permutation)
+        return x.flip(self.dim) if self._reverses else x.index_select(self.dim, self.permutation)
 
     def _inverse_function(self, y: Tensor) -> Tensor:
-        return y.index_select(self.dim, self.inverse_permutation)
+        return y.flip(self.dim) if self._reverses else y.index_select(self.dim, self.inverse_permutation)
 
 
 class PixelShuffle(VolumePreserving):

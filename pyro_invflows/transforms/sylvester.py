@@ -100,8 +100,8 @@ class Sylvester(Bijection):
         self,
         input_dim: int,
         hidden_dim: int | None = None,
-        num_reflections: int | None = None,
         *,
+        num_reflections: int | None = None,
         solver: Newton | None = None,
         cache_size: int = 1,
     ) -> None:
@@ -376,12 +376,12 @@ class GeneralizedSylvester(Bijection):
 def sylvester(
     input_dim: int,
     hidden_dim: int | None = None,
-    num_reflections: int | None = None,
     *,
+    num_reflections: int | None = None,
     solver: Newton | None = None,
 ) -> Sylvester:
     """Build a :class:`Sylvester`."""
-    return Sylvester(input_dim, hidden_dim, num_reflections, solver=solver)
+    return Sylvester(input_dim, hidden_dim, num_reflections=num_reflections, solver=solver)
 
 
 def generalized_sylvester(
@@ -401,7 +401,7 @@ def conditional_sylvester(
     solver: Newton | None = None,
 ) -> Conditional:
     """Build a :func:`sylvester` whose parameters a hypernetwork (of widths ``hidden_dims``) sets from a context."""
-    layer = sylvester(input_dim, hidden_dim, num_reflections, solver=solver)
+    layer = sylvester(input_dim, hidden_dim, num_reflections=num_reflections, solver=solver)
     return Conditional(layer, context_dim, hidden_dims=hidden_dims)
 
 
