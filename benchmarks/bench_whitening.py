@@ -1,7 +1,7 @@
 """What whitening and injected noise cost, each beside the plain operation that it stands on, in one run.
 
-``python benchmarks/bench_whitening.py --output FILE`` writes a table in Markdown. Every figure is a ratio of times taken in
-turns (see ``timing.py``): the median over rounds, with the quartiles behind it.
+``python benchmarks/bench_whitening.py --output FILE`` writes a table in Markdown. Every figure is a ratio of times
+taken in turns (see ``timing.py``): the median over rounds, with the quartiles behind it.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for batch in (128, 512):
         races.append(
             (
-                f"{COUPLINGS} couplings on {DIM}, {INJECTED} of them injected whitened noise: `log_prob` and backward of "
-                f"{batch} rows, over a base of {DIM}",
+                f"{COUPLINGS} couplings on {DIM}, {INJECTED} of them injected whitened noise: `log_prob` and backward "
+                f"of {batch} rows, over a base of {DIM}",
                 lambda batch=batch: race_flows(options.rounds, batch),  # type: ignore[misc]
                 "64 injected",
                 "base of 128",
@@ -144,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [
         "# Whitening and injected noise",
         "",
-        f"torch {torch.__version__}, {options.threads} thread(s), {platform.machine()}, {options.rounds} rounds; float32 "
-        "unless it says otherwise.",
+        f"torch {torch.__version__}, {options.threads} thread(s), {platform.machine()}, {options.rounds} rounds; "
+        "float32 unless it says otherwise.",
         "",
         "| what, over what | ms / ms | ratio (quartiles) | must be at most | reached |",
         "|---|---|---|---|---|",

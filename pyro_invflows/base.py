@@ -99,12 +99,15 @@ class Bijection(TransformModule):
 
     **The memo.** torch and Pyro ask for ``t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)`` in separate calls, and
     variational inference scores the sample it just drew. The last evaluation is therefore remembered and may
-    answer the opposite direction once, for the very same tensor object, while no parameter, buffer, mode or
-    tensor version has changed; the log-det uses it up. No value depends on whether it was warm. What does
-    depend on it is what autograd can see: ``t.inv(y)`` of a ``y`` that this layer just produced returns the very
-    ``x`` it came from, whose graph does not pass through ``y`` (as with torch's own cache); differentiate with
-    respect to a detached ``y``, or use ``cache_size=0``. ``clear_cache()`` forgets it. Its one known hole: an
-    edit of a parameter's ``.data`` between sampling and scoring the same tensor object cannot be seen.
+    answer the opposite direction once, for the very same tensor object, while nothing it depends on has changed:
+    parameters, buffers, ``requires_grad``, modes, autocast, tensor versions. The log-det uses it up; a sample that is
+    never scored stays until the next call or ``clear_cache()``.
+
+    No value depends on whether the memo was warm. What autograd can see does: ``t.inv(y)`` of a ``y`` that this layer
+    just produced returns the very ``x`` it came from, whose graph does not pass through ``y`` (as with torch's own
+    cache), so that a derivative with respect to that ``y`` silently lacks this path. Differentiate with respect to
+    ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring, or use ``cache_size=0``. The one known
+    hole: an in-place edit through ``.data`` between sampling and scoring the same tensor object cannot be seen.
 
     Args:
         input_dim: Event size along ``dim``; ``None`` accepts any size.
@@ -224,10 +227,11 @@ class Bijection(TransformModule):
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         """Refuse, at almost no cost, a value that cannot be an event of this layer."""
-        if not value.is_floating_point():
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(
-                f"{type(self).__name__} needs a floating point tensor, but got {value.dtype}. Convert it first, "
-                "for example with x.float()."
+                f"{type(self).__name__} needs a floating point tensor, but got {kind}. Convert it first, for example "
+                "with x.float() or torch.as_tensor."
             )
         for own in (self._parameters, self._buffers):
             for name, tensor in own.items():
@@ -254,6 +258,9 @@ class Bijection(TransformModule):
         if torch.compiler.is_compiling():
             return hook(value)
         try:
+            if self.__dict__.get("_pyro_samples"):  # all reads in one evaluation see one draw
+                with self._pyro_context:
+                    return hook(value)
             return hook(value)
         except RuntimeError as error:
             if not isinstance(error, NotImplementedError):
@@ -319,6 +326,7 @@ class Bijection(TransformModule):
         if entry is not None and entry.x is x and entry.y is y and self._is_fresh(entry):
             self._use_up()
             return self._log_det(x, y, entry.aux)
+        self._check(x, inverse=False)
         return self._log_det(x, y, self._aux(x, y))
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,6 +369,8 @@ class Bijection(TransformModule):
     def _is_fresh(self, entry: _Entry) -> bool:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
+        if (entry.y if entry.direction == _FORWARD else entry.x).retains_grad:
+            return False  # the caller wants the gradient of what it asks about, which the answer's graph bypasses
         stamp = self._stamp(entry.x, entry.y)
         if (
             stamp is not None
@@ -377,12 +387,17 @@ class Bijection(TransformModule):
         kept = self._kept
         if kept is None:
             # Walking parameters() costs several times more than reading the dicts of a kept list of modules.
+            # Not the layer itself: a cycle would keep every conditioned copy alive until the garbage collector runs.
             modules = tuple(self.modules())
-            kept = self._kept = modules, tuple(child for m in modules for child in m._modules.values())
-        tensors: list[Tensor | None] = []
+            kept = self._kept = modules[1:], tuple(child for m in modules for child in m._modules.values())
+        tensors: list[Tensor | None] = self._foreign_tensors()
         children: list[nn.Module | None] = []
-        for module in kept[0]:
+        flags: list[Any] = [torch.is_grad_enabled()]
+        if torch._C._is_any_autocast_enabled():
+            flags.append(torch.get_autocast_dtype(x.device.type))
+        for module in (self, *kept[0]):
             attributes = module.__dict__
+            flags.append(attributes["training"])
             tensors += attributes["_parameters"].values()
             tensors += attributes["_buffers"].values()
             if attributes["_modules"]:
@@ -392,13 +407,18 @@ class Bijection(TransformModule):
         if len(children) != len(kept[1]) or not all(map(operator.is_, children, kept[1])):
             self._kept = None  # a module was exchanged: list them again
             return self._stamp(x, y)
-        flags = [torch.is_grad_enabled(), self.training, torch._C._is_any_autocast_enabled()]
         try:
-            flags += [x._version, y._version]
-            flags += [tensor._version for tensor in tensors if tensor is not None]
+            flags += x._version, x.requires_grad, y._version, y.requires_grad
+            for tensor in tensors:
+                if tensor is not None:  # .half() and other swaps of the data bump no version
+                    flags += tensor._version, tensor.requires_grad, tensor.data_ptr()
         except RuntimeError:  # inference tensors have no version
             return None
         return tuple(flags), tuple(tensors)
+
+    def _foreign_tensors(self) -> list[Tensor | None]:
+        """Return the tensors of transforms inside that are no modules."""
+        return []
 
     def clear_cache(self) -> None:
         """Forget the last evaluation."""

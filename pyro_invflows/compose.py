@@ -55,6 +55,21 @@ def _inner_modules(transform: Transform) -> list[nn.Module]:
     return [module for part in parts if isinstance(part, Transform) for module in _inner_modules(part)]
 
 
+def _tensors_of(transform: Transform) -> list[Tensor | None]:
+    """Return the tensors that a foreign transform and those inside it hold outside of modules."""
+    if isinstance(transform, nn.Module):
+        return []
+    found: list[Tensor | None] = []
+    for name, value in vars(transform).items():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, Transform) and not (name == "_inv" and not isinstance(transform, _InverseTransform)):
+            found += _tensors_of(value)
+        elif isinstance(value, (list, tuple)) and name in ("parts", "transforms"):
+            found += [tensor for part in value for tensor in _tensors_of(part)]
+    return found
+
+
 class Inverted(Bijection):
     """The inverse of a layer, as a layer: a module with the same parameters.
 
@@ -135,12 +150,23 @@ class Inverted(Bijection):
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
         return -_log_det(self.layer, y, x, aux)
 
+    def _foreign_tensors(self) -> list[Tensor | None]:
+        return _tensors_of(self.layer)
+
     def clear_cache(self) -> None:
         super().clear_cache()
         _clear(self.layer)
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.layer, nn.Module) else repr(self.layer)
+
+
+def _uncached(part: Transform) -> Transform:
+    """Return a foreign transform without its one-value cache, which cannot be copied and never forgets."""
+    try:
+        return part.with_cache(0)
+    except NotImplementedError:
+        return part
 
 
 def _clear(transform: Transform) -> None:
@@ -186,7 +212,7 @@ class Chain(Bijection, nn.ModuleList):
             memory no longer grows with depth, a training step takes about half as long again. First derivatives
             only. The log-det is computed with every pass. The backward pass raises
             :class:`~pyro_invflows.errors.ReconstructionError` where rounding made the inversion lose the input.
-            Under ``torch.func`` and while compiling the plain path is taken.
+            Under ``torch.func``, autocast and while compiling the plain path is taken.
 
     Shape:
         What the parts make of it; event dimension as in ``ComposeTransform``.
@@ -213,7 +239,7 @@ class Chain(Bijection, nn.ModuleList):
             if isinstance(part, nn.Module):
                 self.add_module(str(i), part)
             else:
-                self._foreign[i] = part
+                self._foreign[i] = _uncached(part)
                 for j, module in enumerate(_inner_modules(part)):
                     self.add_module(f"inner_{i}_{j}", module)
         self._length = i + 1 if (self._modules or self._foreign) else 0
@@ -345,7 +371,7 @@ class Chain(Bijection, nn.ModuleList):
     # ------------------------------------------------------------------ hooks
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
-        if self._recomputes(x):
+        if self._recomputes():
             return recompute(self, x, inverse=False)
         return self._plain_forward(x)
 
@@ -358,7 +384,7 @@ class Chain(Bijection, nn.ModuleList):
         return x, steps
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
-        if self._recomputes(y):
+        if self._recomputes():
             return recompute(self, y, inverse=True)
         steps = []
         for part in reversed(self.parts):
@@ -392,13 +418,17 @@ class Chain(Bijection, nn.ModuleList):
             event_dim += part.codomain.event_dim - part.domain.event_dim
         return torch.zeros_like(x) if total is None else total
 
-    def _recomputes(self, value: Tensor) -> bool:
+    def _recomputes(self) -> bool:
         return (
             self.recompute
             and not torch.compiler.is_compiling()
             and torch.is_grad_enabled()
+            and not torch._C._is_any_autocast_enabled()
             and not torch._C._are_functorch_transforms_active()
         )
+
+    def _foreign_tensors(self) -> list[Tensor | None]:
+        return [tensor for part in self._foreign.values() for tensor in _tensors_of(part)] if self._foreign else []
 
     def clear_cache(self) -> None:
         super().clear_cache()

@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor, nn
 
-from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.base import Bijection, Elementwise, positive_int
 from pyro_invflows.nn import dense_network
 from pyro_invflows.recompute import inner_layers, rebind
 
@@ -33,6 +33,9 @@ class Conditional(ConditionalTransformModule):
         context_dim: Width of the context.
         hidden_dims: Hidden widths of the hypernetwork.
         activation: Constructor of its activation.
+        event_dim: Event dimensions of the whole that the layer will stand in, where they are more than its own: 3 for a
+            layer along the last axis, or an elementwise one, of an image flow. The context's batch dimensions stand
+            in front of these. Inside a ``Chain`` template this is known.
 
     Shape:
         Context ``(*B, context_dim)``; the conditioned layer has ``batch_shape`` B, which broadcasts with the batch of
@@ -58,6 +61,7 @@ class Conditional(ConditionalTransformModule):
         *,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
+        event_dim: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(template, Bijection):
@@ -72,6 +76,20 @@ class Conditional(ConditionalTransformModule):
             )
         self.context_dim = positive_int(context_dim, "context_dim", "Conditional")
         self.template = template
+        own_event_dim = _event_dim(template)
+        if event_dim is not None and positive_int(event_dim, "event_dim", "Conditional", 0) < own_event_dim:
+            raise ValueError(
+                f"Conditional: {type(template).__name__} has {own_event_dim} event dimension(s), so event_dim must be "
+                f"at least that, but got {event_dim}."
+            )
+        self._extra = 0 if event_dim is None else event_dim - own_event_dim
+        for layer in template.modules():
+            hidden = [child for name, child in layer._modules.items() if name.startswith("inner_")]
+            if isinstance(layer, Bijection) and any(list(child.parameters()) for child in hidden if child is not None):
+                raise ValueError(
+                    "Conditional cannot exchange the parameters of a layer inside torch's own wrappers "
+                    "(IndependentTransform, ...); put the layer itself into the Chain."
+                )
         for name, width in _contexts(template):
             if width != context_dim:
                 raise ValueError(
@@ -111,13 +129,21 @@ class Conditional(ConditionalTransformModule):
                 f"Conditional: context and parameters must have the same dtype, but got {context.dtype} and "
                 f"{reference.dtype}. Convert one of them."
             )
-        values: dict[str, Tensor] = {name: context for name, _ in _contexts(self.template)}
+        batch = context.shape[:-1]
+        pieces: Iterator[Tensor] = iter(())
         if self.hypernet is not None:
             sizes = [shape.numel() for shape in self._shapes.values()]
-            pieces = self.hypernet(context).split(sizes, dim=-1)
-            for (name, parameter), piece in zip(_own_parameters(self.template), pieces, strict=True):
-                values[name] = parameter + piece.reshape(context.shape[:-1] + parameter.shape)
-        return rebind(self.template, values, context.shape[:-1])
+            pieces = iter(self.hypernet(context).split(sizes, dim=-1))
+        values: dict[str, Tensor] = {}
+        batch_shapes: dict[str, torch.Size] = {}
+        for prefix, layer, extra in _layers(self.template, self._extra):
+            # the event dimensions of the whole that the layer does not see stand behind the context's batch
+            batch_shapes[prefix] = shape = torch.Size((*batch, *(1,) * extra))
+            for name, parameter in _parameters_of(layer):
+                values[prefix + name] = parameter + next(pieces).reshape(shape + parameter.shape)
+            if getattr(layer, "context_dim", 0):
+                values[f"{prefix}context"] = context.reshape((*shape, self.context_dim)) if extra else context
+        return rebind(self.template, values, batch_shapes)
 
     def forward(self, context: Tensor) -> Bijection:
         """Return ``condition(context)``."""
@@ -128,22 +154,40 @@ class Conditional(ConditionalTransformModule):
         self.template.clear_cache()
 
 
-def _layers(layer: Bijection, prefix: str = "") -> Iterator[tuple[str, Bijection]]:
-    """Walk a layer and the layers that it is made of, not their sub-networks."""
-    yield prefix, layer
-    for name, child in inner_layers(layer).items():
-        yield from _layers(child, f"{prefix}{name}.")
+def _event_dim(layer: Bijection) -> int:
+    """Return the event dimensions that a layer's own parameters line up with."""
+    return max(layer.domain.event_dim, len(layer.shape) if isinstance(layer, Elementwise) else 0)
+
+
+def _layers(layer: Bijection, extra: int = 0, prefix: str = "") -> Iterator[tuple[str, Bijection, int]]:
+    """Walk a layer and the layers that it is made of, not their sub-networks.
+
+    Each comes with its path and the number of event dimensions of the whole that its parameters do not line up with.
+    """
+    yield prefix, layer, extra
+    inner = inner_layers(layer)
+    parts = enumerate(layer.parts) if hasattr(layer, "parts") else inner.items()
+    event_dim = _event_dim(layer) + extra
+    for name, part in parts:
+        if str(name) in inner:
+            yield from _layers(part, event_dim - _event_dim(part), f"{prefix}{name}.")
+        event_dim += part.codomain.event_dim - part.domain.event_dim
+
+
+def _parameters_of(layer: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and layer.conditionable:
+            yield name, parameter
 
 
 def _own_parameters(template: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
-    for prefix, layer in _layers(template):
-        for name, parameter in layer._parameters.items():
-            if parameter is not None and layer.conditionable:
-                yield prefix + name, parameter
+    for prefix, layer, _ in _layers(template):
+        for name, parameter in _parameters_of(layer):
+            yield prefix + name, parameter
 
 
 def _contexts(template: Bijection) -> Iterator[tuple[str, int]]:
     """Return the names under which layers take the context itself, with the width they were built for."""
-    for prefix, layer in _layers(template):
+    for prefix, layer, _ in _layers(template):
         if getattr(layer, "context_dim", 0):
             yield f"{prefix}context", layer.context_dim

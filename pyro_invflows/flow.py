@@ -13,7 +13,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform, constraints, transform_to
 
-from pyro_invflows.base import call_and_ladj, inv_and_ladj, positive_int, sum_rightmost
+from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, positive_int, sum_rightmost
 from pyro_invflows.compose import Chain
 from pyro_invflows.latents import noise_flags
 
@@ -47,12 +47,11 @@ class FlowDistribution(TransformedDistribution):
         if self._validate_args:
             self._validate_sample(value)
         positive_int(num_particles, "num_particles", "log_prob")
-        flags = [noise_flags(transform) for transform in self.transforms] if num_particles > 1 else []
-        if any(flag.only_own_sample for flag in flags):
+        if num_particles > 1 and any(noise_flags(transform).only_own_sample for transform in self.transforms):
             raise ValueError(
                 'log_prob: Slice(score="sample") knows one value of what it dropped, so num_particles must be 1.'
             )
-        if any(flag.draws_inverse for flag in flags):
+        if num_particles > 1 and any(map(_draws_to_score, self.transforms)):
             shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
             scores = self._score(value.expand(num_particles, *shape))
             return scores.logsumexp(0) - math.log(num_particles)
@@ -72,14 +71,13 @@ class FlowDistribution(TransformedDistribution):
 
         With ``Slice(score="data")`` the score draws afresh, as :meth:`log_prob` does.
         """
-        if any(noise_flags(transform).draws_inverse for transform in self.transforms):
+        if any(map(_draws_to_score, self.transforms)):
             value = self.rsample(torch.Size(sample_shape))
             return value, self._score(value)
         value = self.base_dist.rsample(torch.Size(sample_shape))
         total = _log_prob(self.base_dist, value)
-        base_batch = len(self.base_dist.event_shape)
-        total = sum_rightmost(total, self._base_event_dim() - base_batch)
         event_dim = self._base_event_dim()
+        total = sum_rightmost(total, event_dim - len(self.base_dist.event_shape))
         for transform in self.transforms:
             value, ladj = call_and_ladj(transform, value)
             total = total - sum_rightmost(ladj, event_dim - transform.domain.event_dim)
@@ -92,6 +90,11 @@ class FlowDistribution(TransformedDistribution):
         for transform in reversed(self.transforms):
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
         return event_dim
+
+
+def _draws_to_score(transform: Transform) -> bool:
+    """Whether a score draws what a Slice dropped. A layer knows it; the walk is for foreign wrappers."""
+    return transform._draws_inverse if isinstance(transform, Bijection) else noise_flags(transform).draws_inverse
 
 
 def _log_prob(base: Distribution, value: Tensor) -> Tensor:
@@ -139,6 +142,7 @@ class Flow(nn.Module, ConditionalDistribution):
         self.base = _Rebuilt(base, trainable_base)
         self.is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
         self.transforms: Chain | nn.ModuleList
+        self._shapes: tuple[torch.Size, torch.Size] | None = None
         if self.is_conditional:
             parts = [part if isinstance(part, ConditionalTransform) else Chain([part]) for part in parts]
             for part in parts:
@@ -147,7 +151,11 @@ class Flow(nn.Module, ConditionalDistribution):
             self.transforms = nn.ModuleList(parts)
         else:
             self.transforms = parts[0] if len(parts) == 1 and isinstance(parts[0], Chain) else Chain(parts)
-            self()  # base and layers fit, or this says so
+            # Base and layers fit, or this says so. Its shapes serve every call: torch's constructor walks them anew.
+            base_now = self.base()
+            whole = FlowDistribution(base_now, [self.transforms])
+            if whole.base_dist is base_now:
+                self._shapes = whole.batch_shape, whole.event_shape
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """Return the distribution, conditioned where a context is given."""
@@ -155,7 +163,13 @@ class Flow(nn.Module, ConditionalDistribution):
             return self.condition(context)
         if self.is_conditional:
             raise ValueError("This Flow has conditional parts: call it with a context, flow(context).")
-        return FlowDistribution(self.base(), [self.transforms])
+        if self._shapes is None:
+            return FlowDistribution(self.base(), [self.transforms])
+        new = FlowDistribution.__new__(FlowDistribution)  # as torch's own expand() does
+        new.base_dist, new.transforms = self.base(), [self.transforms]
+        Distribution.__init__(new, *self._shapes, validate_args=False)
+        new._validate_args = FlowDistribution._validate_args
+        return new
 
     def condition(self, context: Tensor) -> FlowDistribution:
         """Return the distribution for a context ``(*B, context_dim)``; its batch shape is B.
@@ -169,7 +183,19 @@ class Flow(nn.Module, ConditionalDistribution):
             part.condition(context) if isinstance(part, ConditionalTransform) else cast(Transform, part)
             for part in self.transforms
         )
-        return FlowDistribution(self.base(), [chain])
+        d = FlowDistribution(self.base(), [chain])
+        if d.batch_shape != torch.broadcast_shapes(context.shape[:-1], d.batch_shape):
+            raise ValueError(
+                f"Flow: for a context with the batch shape {tuple(context.shape[:-1])} the distribution has "
+                f"{tuple(d.batch_shape)}: a conditional part has fewer event dimensions than the whole. Build it with "
+                f"Conditional(..., event_dim={len(d.event_shape)})."
+            )
+        return d
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("log_prob", "sample", "rsample", "rsample_with_log_prob"):
+            raise AttributeError(f"A Flow is a module; its distribution is flow(), so call flow().{name}(...).")
+        return super().__getattr__(name)
 
     def clear_cache(self) -> None:
         """Forget the layers' last evaluations."""
@@ -193,6 +219,7 @@ class _Rebuilt(nn.Module):
         self.kind = type(base)
         takes_flag = "validate_args" in inspect.signature(type(base).__init__).parameters
         self.unchecked = {"validate_args": False} if takes_flag else {}
+        self.validates = base._validate_args
         self.constants: dict[str, Any] = {}
         self.constraints: dict[str, constraints.Constraint] = {}
         self.names: list[str] = []
@@ -254,8 +281,11 @@ class _Rebuilt(nn.Module):
             if name in self.constraints:
                 value = transform_to(self.constraints[name])(value)
             arguments[name] = value() if isinstance(value, _Rebuilt) else value
-        # The arguments were checked when the flow was built; checking them at each call costs more than a layer.
-        return self.kind(**arguments, **self.unchecked)  # type: ignore[arg-type]
+        # The arguments were checked when the flow was built; checking them at each call costs more than a layer. Values
+        # are checked as by the distribution that was given.
+        rebuilt = self.kind(**arguments, **self.unchecked)  # type: ignore[arg-type]
+        rebuilt._validate_args = self.validates
+        return rebuilt
 
     def extra_repr(self) -> str:
         return self.kind.__name__

@@ -31,7 +31,7 @@ def inner_layers(layer: Bijection) -> dict[str, Bijection]:
 
 
 def rebind(
-    layer: Bijection, values: Mapping[str, Tensor], batch_shape: torch.Size | None = None, prefix: str = ""
+    layer: Bijection, values: Mapping[str, Tensor], batch_shapes: Mapping[str, torch.Size] = {}, prefix: str = ""
 ) -> Bijection:
     """Return a shallow copy with ``values`` as buffers in place of own tensors, here and in inner layers.
 
@@ -40,7 +40,7 @@ def rebind(
     Args:
         layer: The layer; it is left alone.
         values: Tensors by the name that ``named_parameters()`` and ``named_buffers()`` give them.
-        batch_shape: Batch shape of the layers that receive a value, where it changes.
+        batch_shapes: Batch shapes of the layers that receive a value, by their path, where they change.
         prefix: Path of ``layer`` in the names.
     """
     new = copy.copy(layer)
@@ -52,10 +52,9 @@ def rebind(
             new._parameters.pop(name, None)
             new._buffers[name] = values[prefix + name]
             new._non_persistent_buffers_set.add(name)
-            if batch_shape is not None:
-                new._batch_shape = batch_shape
+            new._batch_shape = batch_shapes.get(prefix, layer._batch_shape)
     for name, child in inner_layers(layer).items():
-        new._modules[name] = rebind(child, values, batch_shape, f"{prefix}{name}.")
+        new._modules[name] = rebind(child, values, batch_shapes, f"{prefix}{name}.")
     return new
 
 
@@ -70,17 +69,31 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
     Returns:
         The output and the log-det of the **forward** map.
     """
-    tensors = {
+    named = {
         name: tensor
-        for name, tensor in (*chain.named_parameters(), *chain.named_buffers())
-        if tensor is not None and tensor.requires_grad
+        for tensors in (chain.named_parameters(remove_duplicate=False), chain.named_buffers(remove_duplicate=False))
+        for name, tensor in tensors
+        if tensor.requires_grad
     }
+    if any(t is not None and t.requires_grad for t in chain._foreign_tensors()):
+        raise ValueError(
+            "Chain(recompute=True) sees only the tensors of modules, but a part that is no module holds one that "
+            "requires a gradient, which would be lost. Use a layer of this library there, or recompute=False."
+        )
     # A conditioned layer's tensors hang on the context's graph. The inner backward passes must stop at them: one that
-    # went on would count the path to the context twice.
-    cut = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if not tensor.is_leaf}
+    # went on would count the path to the context twice. A tensor with several names (a context) is cut once.
+    outer = list({id(tensor): tensor for tensor in named.values()}.values())
+    inner = [tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in outer]
+    twins = {id(tensor): twin for tensor, twin in zip(outer, inner, strict=True)}
+    cut = {name: twins[id(tensor)] for name, tensor in named.items() if not tensor.is_leaf}
     twin = rebind(chain, cut) if cut else chain
-    inner = [cut.get(name, tensor) for name, tensor in tensors.items()]
-    out, ladj = _Recompute.apply(twin, inner, inverse, value, *tensors.values())
+    placed = {id(t) for t in (*twin.parameters(), *twin.buffers())}
+    if any(id(t) not in placed for t in inner):
+        raise ValueError(
+            "Chain(recompute=True) cannot exchange a tensor inside torch's own wrappers or a sub-network, so its "
+            "gradient would be wrong. Use the layer itself in the chain, or recompute=False."
+        )
+    out, ladj = _Recompute.apply(twin, inner, inverse, value, *outer)
     return out, -ladj if inverse else ladj
 
 
@@ -113,7 +126,7 @@ class _Recompute(torch.autograd.Function):
         with torch.no_grad():
             steps = zip(reversed(_walk(ctx.chain, ctx.inverse)), reversed(ctx.event_dims), strict=True)
             for part, extra in steps:
-                current = part(current) if ctx.inverse else part.inv(current)
+                current = _value(part, current, not ctx.inverse)
                 new = _part_gradients(part, current, ctx, extra, grad, grad_ladj)
                 grad = torch.zeros_like(current) if new[0] is None else new[0]
                 for i, g in enumerate(new[1:]):
@@ -164,6 +177,13 @@ def _walk(chain: Any, inverse: bool) -> Sequence[Transform]:
 
 def _step(part: Transform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return inv_and_ladj(part, value) if inverse else call_and_ladj(part, value)
+
+
+def _value(part: Transform, value: Tensor, inverse: bool) -> Tensor:
+    """Run a part without a trace in its memo, which would keep the activation that this is about to spare."""
+    if isinstance(part, Bijection):
+        return (part._evaluate_inverse if inverse else part._evaluate)(value)[0]
+    return part.inv(value) if inverse else part(value)
 
 
 def _event_dims(chain: Any, inverse: bool) -> list[int]:

@@ -13,5 +13,6 @@ def _fresh_start():
     torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile switches it off, for good
     pyro.clear_param_store()
     yield
+    torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile switches it off for good
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()

@@ -26,7 +26,7 @@ VALUE = [
     (lambda: pf.AffineCoupling(-1, torch.nn.Linear(1, 1)), "at least 0"),
     (lambda: pf.affine_coupling(4, split_dim=4), "split_dim must be below input_dim"),
     (lambda: pf.AffineCoupling(3, torch.nn.Linear(3, 2))(torch.zeros(2, 3)), "more than that many"),
-    (lambda: pf.AffineCoupling(1, torch.nn.Linear(1, 3))(torch.zeros(2, 3)), "must return 4"),
+    (lambda: pf.AffineCoupling(1, torch.nn.Linear(1, 3))(torch.zeros(2, 3)), "must return the shape"),
     (lambda: pf.AffineCoupling(1, None, input_dim=3), "learns constants"),
     (lambda: pf.affine_coupling(4, scale="exp"), "'tanh' or None"),
     (lambda: pf.affine_coupling(4, max_log_scale=0.0), "max_log_scale"),

@@ -59,6 +59,12 @@ def _log_sigmoid_slope(x: Tensor) -> Tensor:
     return F.logsigmoid(x) + F.logsigmoid(-x)
 
 
+def _doubled(x: Tensor) -> Tensor:
+    """Return 2x, short of where a log-slope made of it would overflow."""
+    limit = torch.finfo(x.dtype).max / 4
+    return 2 * x.clamp(-limit, limit)
+
+
 class Interval(Elementwise):
     r"""Squashes the real line onto an open interval, by a scaled and shifted sigmoid.
 
@@ -196,8 +202,7 @@ class Tanh(Elementwise):
         return torch.atanh(self._inside(y))
 
     def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
-        limit = torch.finfo(x.dtype).max / 4  # beyond it the log-slope itself would overflow
-        return 2 * _LOG2 + _log_sigmoid_slope(2 * x.clamp(-limit, limit))
+        return 2 * _LOG2 + _log_sigmoid_slope(_doubled(x))
 
 
 class _Piecewise(Elementwise):
@@ -437,8 +442,8 @@ class Baird(Elementwise):
         return _asinh_sinh_plus(y, -self.c)
 
     def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
-        # log cosh z = logaddexp(z, -z) - log 2, and the constants cancel
-        return torch.logaddexp(x, -x) - torch.logaddexp(y, -y)
+        # log cosh z = -(logsigmoid(2z) + logsigmoid(-2z)) / 2 - log 2, and the constants cancel
+        return (_log_sigmoid_slope(_doubled(y)) - _log_sigmoid_slope(_doubled(x))) / 2
 
 
 #: |x| from which sinh x is no longer formed.

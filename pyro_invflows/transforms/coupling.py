@@ -68,7 +68,7 @@ class AffineCoupling(Bijection):
     def __init__(
         self,
         split_dim: int,
-        hypernet: Callable[[Tensor], Tensor] | None,
+        hypernet: nn.Module | None,
         *,
         dim: int = -1,
         scale: str | None = "tanh",
@@ -87,6 +87,11 @@ class AffineCoupling(Bijection):
             )
         if scale not in ("tanh", None):
             raise ValueError(f"AffineCoupling: scale must be 'tanh' or None, but got {scale!r}.")
+        if not (hypernet is None or isinstance(hypernet, nn.Module)):
+            raise TypeError(
+                f"AffineCoupling: hypernet must be a module, so that its parameters are the layer's, but got "
+                f"{type(hypernet).__name__}; wrap a function in a module that owns what it uses."
+            )
         if not max_log_scale > 0:
             raise ValueError(f"AffineCoupling: max_log_scale must be positive, but got {max_log_scale!r}.")
         self.scale = scale
@@ -109,14 +114,11 @@ class AffineCoupling(Bijection):
                 f"{self.dim}, but got {value.shape[self.dim]}."
             )
 
-    def _network(self, x1: Tensor) -> Tensor:
-        """Return the raw log-scale and shift, ``(*batch, ..., *spatial)``."""
+    def _network(self, x1: Tensor, wanted: int) -> Tensor:
+        """Return the network's output, ``(*batch, wanted, *spatial)``."""
         if self.hypernet is None:
             return self.constants.reshape(self.constants.shape + (1,) * (-self.dim - 1))
-        if self.dim == -1 and not self.context_dim:
-            return self.hypernet(x1)
-        spatial = x1.shape[x1.dim() + self.dim + 1 :]
-        batch = x1.shape[: self.dim]
+        batch, spatial = x1.shape[: self.dim], x1.shape[x1.dim() + self.dim + 1 :]
         if self.context_dim:
             context = self.context
             if context is None:
@@ -125,20 +127,20 @@ class AffineCoupling(Bijection):
             context = context.reshape(context.shape + (1,) * len(spatial)).expand(*batch, self.context_dim, *spatial)
             x1 = torch.cat([x1.expand(*batch, -1, *spatial), context], dim=self.dim)
         if self.dim == -1:
-            return self.hypernet(x1)
-        # a convolution takes one batch dimension, ours are any number
-        out = self.hypernet(x1.reshape(batch.numel(), *x1.shape[self.dim :]))
-        return out.reshape(*batch, *out.shape[1:])
+            raw = self.hypernet(x1)
+        else:  # a convolution takes one batch dimension, ours are any number
+            raw = self.hypernet(x1.reshape(batch.numel(), *x1.shape[self.dim :]))
+            raw = raw.reshape(*batch, *raw.shape[1:])
+        if raw.shape != (*batch, wanted, *spatial):  # one that broadcasts would make the log-det wrong
+            raise ValueError(
+                f"AffineCoupling: for an input of shape {tuple(x1.shape)} the network must return the shape "
+                f"{(*batch, wanted, *spatial)} ({'shifts' if self.scale is None else 'log-scales, then shifts'}), but "
+                f"it returned {tuple(raw.shape)}."
+            )
+        return raw
 
     def _scale_and_shift(self, x1: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
-        raw = self._network(x1)
-        wanted = size if self.scale is None else 2 * size
-        if raw.shape[self.dim] != wanted:
-            raise ValueError(
-                f"AffineCoupling: the network must return {wanted} elements along dim {self.dim} "
-                f"({'shift' if self.scale is None else 'log-scale and shift'} of {size}), but it returned "
-                f"{raw.shape[self.dim]}."
-            )
+        raw = self._network(x1, size if self.scale is None else 2 * size)
         if self.scale is None:
             return None, raw
         raw_scale, shift = raw.chunk(2, dim=self.dim)
