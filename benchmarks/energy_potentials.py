@@ -117,6 +117,7 @@ def fit(number: int, *, steps: int = 3000, particles: int = 512, seed: int = 0, 
 def measure(number: int, flow: Flow, samples: int = 400_000) -> Fit:
     """Return the KL divergence from the flow to the normalised target, by samples and by integration."""
     mesh, log_cell = grid()
+    mesh = mesh.to(next(flow.parameters()).dtype)
     energy = potential(number, mesh.double())
     log_z = torch.logsumexp(-energy.flatten(), 0) + log_cell
     z, log_q = flow().rsample_with_log_prob((samples,))

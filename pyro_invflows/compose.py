@@ -136,7 +136,8 @@ class Inverted(Bijection):
         return self.layer.forward_shape(shape) if inverse else self.layer.inverse_shape(shape)
 
     def _check(self, value: Tensor, inverse: bool) -> None:
-        pass  # the layer checks
+        if isinstance(self.layer, Bijection):
+            self.layer._check(value, not inverse)
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
         return _evaluate_inverse(self.layer, x)

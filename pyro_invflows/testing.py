@@ -131,8 +131,8 @@ def check_shapes(transform: Transform, x: Tensor) -> None:
 def check_round_trip(transform: Transform, x: Tensor, *, atol: float | None = None, rtol: float | None = None) -> None:
     """The inverse answers for data the layer did not just produce, both ways round.
 
-    Where x cannot be recovered to the tolerance because the map is ill-conditioned, the residual in y must be at rounding
-    level instead. That excuse holds below float64 only, or a map that is not one-to-one would pass.
+    Where x cannot be recovered to the tolerance because the map is ill-conditioned, the residual in y must be at
+    rounding level instead. That excuse holds below float64 only, or a map that is not one-to-one would pass.
     """
     atol, rtol = _tolerances(x, atol, rtol)
     y = transform(x).detach().clone()

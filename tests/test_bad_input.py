@@ -68,11 +68,19 @@ def test_value_errors(index):
         (lambda: pf.shift(2, dim=1.5), "dim must be an int"),
         (lambda: pf.Baird("abc"), "shape|int"),
         (lambda: pf.PixelShuffle(2.0), "must be an int"),
+        (lambda: pf.AffineCoupling(1, lambda v: v), "must be a module"),
+        (lambda: pf.shift(3)([1.0, 2.0, 3.0]), "floating point"),
     ],
 )
 def test_type_errors(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def test_a_network_whose_output_would_broadcast_is_refused():
+    pooled = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(ValueError, match="must return the shape"):
+        pf.AffineCoupling(1, pooled, dim=-3)(torch.randn(2, 2, 3, 3))
 
 
 @pytest.mark.parametrize(("case", "dim"), SMALL)
@@ -88,6 +96,9 @@ def test_wrong_event_sizes(case, dim):
         for call in (layer, layer.inv, lambda v: call_and_ladj(layer, v), lambda v: inv_and_ladj(layer, v)):
             with pytest.raises(ValueError, match=message):
                 call(bad)
+        if layer.event_dim:
+            with pytest.raises(ValueError, match=message):
+                layer.log_abs_det_jacobian(bad, bad)
         with pytest.raises(ValueError, match=message):
             layer.forward_shape(bad.shape)
     base = dist.Normal(torch.zeros(wide.shape[1:], dtype=torch.float64), 1.0).to_event(wide.dim() - 1)

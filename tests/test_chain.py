@@ -322,3 +322,68 @@ def test_recompute_refuses_parts_it_cannot_invert():
         pf.Chain([Bound(3)], recompute=True)
     with pytest.raises(ValueError, match="does not allow"):
         pf.Chain([torch.distributions.transforms.AbsTransform()], recompute=True)
+
+
+def test_recompute_with_a_computed_context_shared_by_several_couplings():
+    """An encoder's output: one non-leaf tensor under several names."""
+    parts = [pf.affine_coupling(4, [8], context_dim=2), pf.permute(4), pf.affine_coupling(4, [8], context_dim=2)]
+    x, start = torch.randn(7, 4).double(), torch.randn(7, 3).double()
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        conditional = scatter(pf.Conditional(pf.Chain(copy.deepcopy(parts), recompute=recompute), 2), 0.5).double()
+        weight = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2).requires_grad_()
+        for run in (call_and_ladj, inv_and_ladj):
+            out, ladj = run(conditional.condition(torch.tanh(start @ weight)), x)
+            results.append(torch.autograd.grad(out.square().sum() + ladj.sum(), [weight, *conditional.parameters()]))
+    for plain, rebuilt in ((results[0], results[2]), (results[1], results[3])):
+        for a, b in zip(plain, rebuilt, strict=True):
+            assert (a - b).norm() <= 1e-8 * a.norm()
+
+
+def test_recompute_refuses_tensors_that_it_cannot_see():
+    scale = torch.tensor(2.0, requires_grad=True)
+    chain = pf.Chain([AffineTransform(0.0, scale), pf.shift(3)], recompute=True)
+    with pytest.raises(ValueError, match="no module holds one"):
+        chain(torch.randn(2, 3))
+    conditioned = pf.conditional_baird(3, 2).condition(torch.randn(2, 2))
+    chain = pf.Chain([IndependentTransform(conditioned, 1), pf.shift(3)], recompute=True)
+    with pytest.raises(ValueError, match="cannot exchange"):
+        chain(torch.randn(2, 3))
+
+
+def test_recompute_leaves_no_activation_behind():
+    chain = couplings(8, recompute=True)
+    out, ladj = call_and_ladj(chain, torch.randn(5, 6, requires_grad=True))
+    (out.sum() + ladj.sum()).backward()
+    assert all(part._memo is None for part in chain)
+
+
+def test_recompute_under_autocast_takes_the_plain_path():
+    chain = couplings(4, recompute=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, ladj = call_and_ladj(chain, torch.randn(5, 6))
+    (out.sum() + ladj.sum()).backward()
+    assert all(p.grad is not None for p in chain.parameters())
+
+
+def test_foreign_caches_do_not_follow_a_chain():
+    chain = pf.Chain([pf.shift(3), torch.distributions.transforms.TanhTransform(cache_size=1)])
+    chain(torch.randn(1000, 3))
+    assert chain[1]._cache_size == 0
+    copy.deepcopy(chain)
+
+
+def test_clear_cache_and_exactness_reach_the_parts():
+    layer = pf.affine_coupling(4, [8])
+    chain = pf.Chain([layer])
+    layer(torch.randn(2, 4))
+    chain.clear_cache()
+    assert layer._memo is None
+    assert chain.exact
+
+    class Bound(pf.Shift):
+        exact = False
+
+    assert not pf.Chain([Bound(3)]).exact
+    assert not pf.Inverted(Bound(3)).exact

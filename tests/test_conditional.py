@@ -226,3 +226,61 @@ def test_amortised_guide_inside_plates(vectorised):
     trace.compute_log_prob()
     assert trace.nodes["z"]["value"].shape == (5, 2)
     assert trace.nodes["z"]["log_prob"].shape == (5,)
+
+
+def _elementwise_among_vectors(dim):
+    return pf.Chain([pf.orthogonal(4), pf.Baird(), pf.PReLU((4,))])
+
+
+def _rows_among_images(dim):
+    return pf.Chain([pf.orthogonal(2, dim=-3), pf.shift(3, dim=-1), pf.diagonal(5, dim=-2), pf.Baird((3,))])
+
+
+def _nested(dim):
+    coupling = pf.affine_coupling(4, [8], context_dim=CONTEXT_DIM)
+    return pf.Chain(
+        [pf.Inverted(pf.Chain([pf.Baird(), pf.svd_linear(4)])), coupling, pf.Chain([pf.PReLU()], recompute=True)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "event"),
+    [(_elementwise_among_vectors, (4,)), (_rows_among_images, (2, 5, 3)), (_nested, (4,))],
+    ids=["elementwise among vectors", "rows among images", "nested"],
+)
+def test_chains_of_mixed_event_dimensions_equal_a_loop_over_contexts(make, event):
+    conditional = scatter(pf.Conditional(make(0), CONTEXT_DIM), 0.5).double()
+    base = image_base(event)
+    for batch in ((), (event[-1],), (3, 1)):  # sizes that coincide must not be mistaken for one another
+        context = torch.randn(*batch, CONTEXT_DIM, dtype=torch.float64)
+        d = pf.Flow(base, [conditional])(context)
+        assert d.batch_shape == batch
+        y = d.sample((2,))
+        assert y.shape == (2, *batch, *event)
+        log_prob = d.log_prob(y)
+        for index in itertools.product(*map(range, batch)):
+            alone = dist.TransformedDistribution(base, [conditional.condition(context[index])])
+            here = (..., *index, *[slice(None)] * len(event))
+            torch.testing.assert_close(log_prob[(..., *index)], alone.log_prob(y[here]))
+
+
+def test_a_layer_for_events_larger_than_its_own():
+    base = image_base((2, 5, 3))
+    context = torch.randn(3, CONTEXT_DIM, dtype=torch.float64)
+    parts = [pf.orthogonal(2, dim=-3), pf.Conditional(pf.Baird(), CONTEXT_DIM, event_dim=3)]
+    flow = scatter(pf.Flow(base, parts), 0.5).double()
+    d = flow(context)
+    assert d.batch_shape == (3,)
+    y = d.sample()
+    for i in range(3):
+        torch.testing.assert_close(d.log_prob(y)[i], flow(context[i]).log_prob(y[i]))
+    with pytest.raises(ValueError, match="event_dim=3"):
+        pf.Flow(base, [parts[0], pf.Conditional(pf.Baird(), CONTEXT_DIM)]).double()(context)
+    with pytest.raises(ValueError, match="at least that"):
+        pf.Conditional(pf.shift(3), 2, event_dim=0)
+
+
+def test_layers_inside_torchs_wrappers_are_refused():
+    wrapped = torch.distributions.transforms.IndependentTransform(pf.baird(3), 1)
+    with pytest.raises(ValueError, match="torch's own wrappers"):
+        pf.Conditional(pf.Chain([pf.diagonal(3), wrapped]), 2)

@@ -147,3 +147,46 @@ def test_validation_refuses_nan_and_wrong_shapes():
     with pytest.raises(ValueError, match=r"event|size"):
         d.log_prob(torch.zeros(4))
     torch.testing.assert_close(d.log_prob(torch.zeros(3)), before)
+
+
+def test_values_are_validated_as_by_the_given_base():
+    flow = pf.Flow(dist.Exponential(torch.ones(2)).to_event(1), [pf.diagonal(2)])
+    with pytest.raises(ValueError, match="support"):
+        flow().log_prob(torch.tensor([-5.0, 0.5]))
+    unchecked = dist.Exponential(torch.ones(2), validate_args=False).to_event(1)
+    assert pf.Flow(unchecked, [pf.diagonal(2)])().log_prob(torch.tensor([-5.0, 0.5])).isfinite()
+
+
+def test_a_flow_says_how_to_reach_its_distribution():
+    flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), layers(3))
+    for name in ("log_prob", "sample"):
+        with pytest.raises(AttributeError, match=rf"flow\(\)\.{name}"):
+            getattr(flow, name)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = flow.nothing
+
+
+@pytest.mark.parametrize("base_shape", [(), (3,), (4, 3)], ids=str)
+def test_every_call_gives_the_distribution_that_torch_builds(base_shape):
+    """Elementwise layers on a scalar base are reinterpreted or expanded by torch's constructor."""
+    for base in (
+        dist.Normal(torch.zeros(base_shape), 1.0),
+        dist.Normal(torch.zeros((*base_shape, 3)), 1.0).to_event(1),
+    ):
+        chain = pf.Chain([pf.Baird(), pf.Sigmoid()]) if not base.event_shape else layers(3)
+        flow, expected = pf.Flow(base, chain), dist.TransformedDistribution(base, [chain])
+        d = flow()
+        assert (d.batch_shape, d.event_shape) == (expected.batch_shape, expected.event_shape)
+        assert d._validate_args == expected._validate_args
+        y = d.sample((2,))
+        torch.testing.assert_close(d.log_prob(y), expected.log_prob(y.clone()))
+    needs_event = pf.Flow(dist.Normal(torch.zeros(3), 1.0), layers(3))  # no to_event: torch makes it one
+    assert needs_event().event_shape == (3,)
+
+
+def test_rsample_with_log_prob_through_a_change_of_event_dimension():
+    base = dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1)
+    transforms = [torch.distributions.transforms.CorrCholeskyTransform()]  # vectors to matrices
+    y, log_prob = pf.FlowDistribution(base, transforms).rsample_with_log_prob((4,))
+    assert log_prob.shape == (4,)
+    torch.testing.assert_close(log_prob, dist.TransformedDistribution(base, transforms).log_prob(y))

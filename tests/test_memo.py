@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 
 import pyro.distributions as dist
 import pytest
@@ -334,3 +336,100 @@ def test_forward_hooks_fire(x):
     assert seen == [x.shape] * 2
     torch.testing.assert_close(chain.inv(y.clone()), x)
     assert ladj.shape == (5,)
+
+
+def test_requires_grad_is_part_of_the_stamp():
+    """Staged training: what was frozen while sampling must not stay without gradient."""
+    chain = scatter(pf.Chain([pf.diagonal(3), pf.svd_linear(3)]), 0.3)
+    results = []
+    for cache_size in (0, 1):
+        t = chain.with_cache(cache_size)
+        d = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [t])
+        torch.manual_seed(0)
+        chain[1].requires_grad_(False)
+        y = d.rsample((5,))
+        chain[1].requires_grad_(True)
+        loss = d.log_prob(y).sum() - y.square().sum()
+        results.append(torch.autograd.grad(loss, list(chain.parameters()), allow_unused=True))
+    for cold, warm in zip(*results, strict=True):
+        torch.testing.assert_close(warm, cold, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_a_score_with_respect_to_its_own_sample():
+    """Asked for with retain_grad, or of a leaf: the remembered x would lack the path through y."""
+    layer = scatter(pf.svd_linear(3), 0.3)
+    for trainable in (True, False):
+        layer.requires_grad_(trainable)
+        grads = []
+        for cache_size in (0, 1):
+            d = dist.TransformedDistribution(
+                dist.Normal(torch.zeros(3), 1.0).to_event(1), [layer.with_cache(cache_size)]
+            )
+            torch.manual_seed(0)
+            y = d.rsample((2,))
+            if trainable:
+                y.retain_grad()
+            else:
+                y.requires_grad_()
+            (d.log_prob(y) - 0.5 * y.square().sum(-1)).sum().backward()
+            grads.append(y.grad)
+        torch.testing.assert_close(*grads)
+
+
+def test_modes_of_sub_modules_and_autocast_are_part_of_the_stamp(x):
+    layer = pf.AffineCoupling(2, torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Dropout(0.5)))
+    y = layer(x)
+    layer.hypernet.eval()
+    assert layer.inv(y) is not x
+    chain = pf.Chain([layer])
+    chain.train()
+    y = chain(x)
+    layer.eval()
+    assert chain.inv(y) is not x
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert layer.inv(y) is not x
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.inv(y) is not x
+
+
+def test_swapped_data_and_foreign_tensors_are_part_of_the_stamp(layer, x):
+    y = layer(x)
+    layer.hypernet.half().float()
+    assert layer.inv(y) is not x
+    y = layer(x)
+    flat = torch.nn.utils.parameters_to_vector(layer.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat + 1, layer.parameters())
+    assert layer.inv(y) is not x
+    loc = torch.zeros(4)
+    chain = pf.Chain([torch.distributions.transforms.AffineTransform(loc, 2.0), pf.shift(4)])
+    y = chain(x)
+    loc += 5.0
+    torch.testing.assert_close(chain.inv(y), x - 2.5)
+
+
+def test_one_pass_functions_use_the_entry_up(layer, x):
+    y = layer(x)
+    pf.inv_and_ladj(layer, y)
+    assert layer._memo is None
+    counter = Counter(layer)
+    pf.inv_and_ladj(layer, y)
+    assert counter.take() == 1
+
+
+def test_a_used_layer_is_no_reference_cycle():
+    """Or every step's conditioned layer, with its graph, would live until the garbage collector runs."""
+    conditional = pf.conditional_svd_linear(4, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        layer = conditional.condition(torch.randn(10, 2))
+        y = layer(torch.randn(10, 4))
+        y.sum().backward()
+        alive = [weakref.ref(layer), weakref.ref(y)]
+        del layer, y
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()

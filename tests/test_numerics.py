@@ -259,3 +259,50 @@ def test_densities_in_two_dimensions_integrate_to_one():
                 cell = ((high - low) / (n - 1)).prod()
                 total = sum((d.log_prob(part).exp().sum() * cell).item() for part in grid.split(250000))
             assert abs(total - 1) < 1e-4
+
+
+# ---------------------------------------------------------------------- laws, against an independent formula
+
+
+def test_baird_has_second_derivatives_far_out():
+    for dtype, far in ((torch.float32, [45.0, 50.0, 80.0]), (torch.float64, [50.0, 80.0, 700.0])):
+        layer = pf.Baird().to(dtype)
+        with torch.no_grad():
+            layer.c.fill_(1.5)
+        x = torch.tensor([0.3, *far, *(-v for v in far)], dtype=dtype, requires_grad=True)
+        for run in (pf.call_and_ladj, pf.inv_and_ladj):
+            y, ladj = run(layer, x)
+            for out in (y, ladj):
+                (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+                second = torch.autograd.grad(grad.sum(), [x, layer.c], retain_graph=True)
+                assert all(g.isfinite().all() for g in second)
+
+
+def test_permute_follows_its_law():
+    permutation = [2, 0, 3, 1]  # not its own inverse
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(pf.Permute(permutation)(x), torch.stack([x[:, i] for i in permutation], -1))
+    image_like = torch.randn(4, 2, 3)
+    torch.testing.assert_close(pf.Permute(permutation, dim=-3)(image_like), image_like[permutation])
+
+
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_pixel_shuffle_equals_torchs(r):
+    x = torch.randn(2, 2 * r * r, 3, 4)
+    y = pf.PixelShuffle(r)(x)
+    torch.testing.assert_close(y, torch.nn.functional.pixel_shuffle(x, r))
+    torch.testing.assert_close(pf.PixelShuffle(r).inv(y.clone()), torch.nn.functional.pixel_unshuffle(y, r))
+
+
+def test_diagonal_keeps_the_signs_of_a_matrix():
+    matrix = torch.diag(torch.tensor([2.0, -0.5, -3.0]))
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(pf.Diagonal.from_matrix(matrix)(x), x @ matrix.T)
+
+
+def test_elementwise_layers_are_increasing():
+    """The sign decides the direction of cdf; compare it with the empirical one."""
+    d = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [scatter(pf.Baird()), pf.Interval(-1.0, 2.0)])
+    sample = d.sample((20000,))
+    for q in (-0.5, 0.5, 1.5):
+        assert abs(d.cdf(torch.tensor(q)).item() - (sample <= q).double().mean().item()) < 0.02

@@ -108,6 +108,10 @@ def test_a_bayesian_layer():
     assert not torch.equal(layer(x), layer(x))
     y = layer(x)
     assert not torch.equal(layer.inv(y), x)  # a new bias: no stale entry
+    scaled = PyroModule[pf.Diagonal](3)
+    scaled.log_scale = pyro.nn.PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    y, ladj = pf.call_and_ladj(scaled, torch.ones(3))  # one evaluation sees one draw
+    torch.testing.assert_close(ladj, y.log().sum())
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, JitTrace_ELBO])

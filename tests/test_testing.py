@@ -150,3 +150,34 @@ def test_points_where_the_transform_does_not_tell():
         check_bijection(torch.nn.Linear(2, 2))
     assert sample_domain(pf.Sigmoid(), (2,)).shape == (2,)
     assert (sample_domain(pf.Inverted(pf.Sigmoid()), (100,)) > 0).all()
+
+
+class Square(pf.Elementwise):
+    """Not one-to-one: the inverse finds a y, but not the x."""
+
+    def _function(self, x):
+        return x * x
+
+    def _inverse_function(self, y):
+        return y.sqrt()
+
+    def _log_slope(self, x, y):
+        return (2 * x).abs().log()
+
+
+def test_maps_that_are_not_one_to_one_are_found():
+    with pytest.raises(BrokenPromiseError, match="round trip"):
+        check_bijection(Square(), torch.randn(6, dtype=torch.float64))
+    with pytest.raises(BrokenPromiseError, match="round trip"):
+        check_bijection(torch.distributions.transforms.AbsTransform(), torch.randn(6, dtype=torch.float64))
+    with pytest.raises(BrokenPromiseError, match="promise 'log-det': it has none"):
+        positive = torch.rand(6, dtype=torch.float64)
+        check_bijection(torch.distributions.transforms.AbsTransform(), positive)
+
+
+def test_what_cannot_be_checked_is_said():
+    x = torch.randn(3, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="changes the number of elements"):
+        check_bijection(torch.distributions.transforms.StickBreakingTransform(), x)
+    with pytest.raises(ValueError, match="at least one point"):
+        check_bijection(pf.shift(2).double(), x[:0])

@@ -204,14 +204,12 @@ class ConcatNoise(NoiseInjection):
 
     def _given(self, x: Tensor) -> Distribution:
         """Return the distribution of the noise, conditioned on x where it is conditional; per pixel if pixelwise."""
-        if not self.noise.is_conditional:
-            d = self.noise()
-        else:
-            context = x.movedim(self.dim, -1) if self.pixelwise else x
-            d = self.noise(context)
-            if d.batch_shape != context.shape[:-1]:  # a foreign conditional layer that would share noise between rows
-                d = d.expand(context.shape[:-1])
-        d._validate_args = False  # the value was drawn or checked, and looking at each element stops vmap
+        context = x.movedim(self.dim, -1) if self.pixelwise else x
+        d = self.noise(context) if self.noise.is_conditional else self.noise()
+        part: Distribution | None = d
+        while part is not None:  # the value was drawn or checked, and looking at each element stops vmap
+            part._validate_args = False
+            part = getattr(part, "base_dist", None)
         return d
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
