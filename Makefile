@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-DATA ?=
 
 .PHONY: demo test lint types tutorials bench docs clean
 
@@ -36,7 +35,9 @@ tutorials: $(VENV)/.tutorials
 	for script in tutorials/*.py; do $(BIN)/python $$script --short --output tutorials/output/short || exit 1; done
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/run.py --output benchmarks/results $(if $(DATA),--data $(DATA))
+	$(BIN)/python benchmarks/run.py --output benchmarks/results
+	$(BIN)/python benchmarks/bench_sylvester.py --output benchmarks/results/sylvester.md
+	$(BIN)/python benchmarks/bench_whitening.py --output benchmarks/results/whitening.md
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -134,8 +134,11 @@ def nflows_flow() -> FlowContestant:
     return FlowContestant(set_weights(flow), flow.log_prob, flow.sample, False)
 
 
-def normflows_flow(scale_map: str = "exp") -> FlowContestant:
-    """Coupling blocks of normflows with its MLP and its swap; sampling without the log-density that it also offers."""
+def normflows_flow(scale_map: str = "exp", forward_only: bool = False) -> FlowContestant:
+    """Coupling blocks of normflows with its MLP and its swap.
+
+    Its ``sample`` computes the log-density too; ``forward_only`` draws with the bare passes of its base and its blocks.
+    """
     half = DIM // 2
     blocks = [
         normflows.flows.AffineCouplingBlock(normflows.nets.MLP([half, *HIDDEN, 2 * half]), scale_map=scale_map)
@@ -144,7 +147,11 @@ def normflows_flow(scale_map: str = "exp") -> FlowContestant:
     parts = _alternate(blocks, lambda: normflows.flows.Permute(DIM, mode="swap"))
     base = normflows.distributions.DiagGaussian(DIM, trainable=False)
     model = normflows.NormalizingFlow(base, parts)
-    return FlowContestant(set_weights(model), model.log_prob, lambda n: model(base.sample(n)), False)
+
+    def sample(n: int) -> Tensor:
+        return model(base.sample(n)) if forward_only else model.sample(n)[0]
+
+    return FlowContestant(set_weights(model), model.log_prob, sample, False)
 
 
 def normflows_bounded_flow() -> FlowContestant:
@@ -163,6 +170,7 @@ def coupling_flows() -> dict[str, FlowContestant]:
         "nflows": nflows_flow(),
         "normflows": normflows_flow(),
         "normflows, bounded": normflows_bounded_flow(),
+        "normflows, forward only": normflows_flow(forward_only=True),
     }
 
 

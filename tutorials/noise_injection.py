@@ -59,11 +59,11 @@ class Settings:
     margin: float = 0.004
     small_couplings: int = 2
     couplings: int = 8
-    hidden_dims: tuple[int, ...] = (128, 128)
+    hidden_dims: tuple[int, ...] = (64, 64)
     max_steps: int = 800
     batch_size: int = 128
     learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 1.0
     check_every: int = 20  # steps between looks at the validation images, and between adaptations
     patience: int = 10  # checks without improvement
     noise_draws: int = 16
