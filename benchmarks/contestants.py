@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import zuko
 from torch import Tensor, nn
 
-from pyro_invflows import Chain, Flow, Permute, affine_coupling
+from pyro_invflows import Chain, Flow, affine_coupling
 from pyro_invflows.nn import dense_network
 
 __all__ = ["DIM", "FlowContestant", "bare_networks", "coupling_flows", "set_weights"]
@@ -73,9 +73,8 @@ def _alternate(couplings: list, between: Callable[[], object]) -> list:
 
 
 def our_layers() -> list[nn.Module]:
-    """Return the couplings and permutations of this library."""
-    couplings = [affine_coupling(DIM, HIDDEN) for _ in range(COUPLINGS)]
-    return _alternate(couplings, lambda: Permute(_flip()))
+    """Return couplings of this library; the first and the last half decide in turn, as by nflows' and zuko's masks."""
+    return [affine_coupling(DIM, HIDDEN, keep="last" if i % 2 else "first") for i in range(COUPLINGS)]
 
 
 def invflows_flow() -> FlowContestant:

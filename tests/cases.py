@@ -180,6 +180,7 @@ CASES = [
         lambda d: pf.affine_coupling(d, [8, 8]),
         conditional=lambda d, c: pf.conditional_affine_coupling(d, c, [8, 8]),
     ),
+    Case("coupling_last", "AffineCoupling", lambda d: pf.affine_coupling(d, [8], keep="last")),
     Case("additive_coupling", "AffineCoupling", lambda d: pf.affine_coupling(d, [8], scale=None)),
     Case(
         "coupling_constants",

@@ -10,9 +10,10 @@ and *whitened* on the way back. The same model with plain noise, which never ada
 handwritten digits that come with scikit-learn (8 x 8 pixels, 17 grey levels).
 
 What to expect: whitening starts a fifth of a bit ahead and ends ahead by about 0.01 bits per dimension on held-out
-images, the mean of four seeds, one of which shows no difference. That is little, and why is worth knowing: nothing keeps the couplings from learning the covariance too, in some
-hundred steps. With twice as wide couplings under three times the weight decay both models end within 0.01 of each
-other, either way round. What whitening saves is the learning of what a mean and a covariance can tell.
+images, the mean of four seeds, one of which shows no difference. That is little, and why is worth knowing: nothing
+keeps the couplings from learning the covariance too, in some hundred steps. With twice as wide couplings under three
+times the weight decay both models end within 0.01 of each other, either way round. What whitening saves is the
+learning of what a mean and a covariance can tell.
 
 Run it with::
 

@@ -33,12 +33,14 @@ class AffineCoupling(Bijection):
     the start of :func:`affine_coupling`.
 
     Args:
-        split_dim: Number of leading elements (channels) x_1 that decide; 0 is allowed.
+        split_dim: Number of elements (channels) x_1 that decide; 0 is allowed.
         hypernet: Network from x_1 (with the context behind it) to ``2 (D - split_dim)`` elements, the raw log-scale
             first, or to ``D - split_dim`` where ``scale=None``. It receives vectors ``(*B, split_dim)`` or, for
             other ``dim``, one flat batch ``(N, split_dim, *spatial)``. ``None`` with ``split_dim=0`` learns
             constants instead, and needs ``input_dim``.
         dim: Axis that is split; -1 for vectors, -3 for the channels of images.
+        keep: ``"first"`` lets the leading elements decide, ``"last"`` the trailing ones: alternate the two, and no
+            permutation is needed between couplings.
         scale: ``"tanh"`` bounds the log-scale smoothly on both sides; ``None`` is additive, volume preserving.
         context_dim: Width of the context that the network also takes (see
             :class:`~pyro_invflows.Conditional`); while not conditioned, the context is zero.
@@ -71,6 +73,7 @@ class AffineCoupling(Bijection):
         hypernet: nn.Module | None,
         *,
         dim: int = -1,
+        keep: str = "first",
         scale: str | None = "tanh",
         context_dim: int = 0,
         max_log_scale: float = 2.0,
@@ -94,6 +97,9 @@ class AffineCoupling(Bijection):
             )
         if not max_log_scale > 0:
             raise ValueError(f"AffineCoupling: max_log_scale must be positive, but got {max_log_scale!r}.")
+        if keep not in ("first", "last"):
+            raise ValueError(f"AffineCoupling: keep must be 'first' or 'last', but got {keep!r}.")
+        self.keep = keep
         self.scale = scale
         self.max_log_scale = float(max_log_scale)
         self.hypernet = hypernet
@@ -118,6 +124,10 @@ class AffineCoupling(Bijection):
         """Return the network's output, ``(*batch, wanted, *spatial)``."""
         if self.hypernet is None:
             return self.constants.reshape(self.constants.shape + (1,) * (-self.dim - 1))
+        if self.dim == -1 and not self.context_dim:
+            raw = self.hypernet(x1)
+            if raw.shape[-1] == wanted and raw.shape[:-1] == x1.shape[:-1]:
+                return raw
         batch, spatial = x1.shape[: self.dim], x1.shape[x1.dim() + self.dim + 1 :]
         if self.context_dim:
             context = self.context
@@ -144,28 +154,37 @@ class AffineCoupling(Bijection):
         if self.scale is None:
             return None, raw
         raw_scale, shift = raw.chunk(2, dim=self.dim)
-        # m tanh(s / m), written with the sigmoid, which is several times faster than tanh on the CPU
+        # m tanh(s / m), written with the sigmoid, which is several times faster than tanh on the CPU; at the default
+        # m = 2 the inner factor is 1
         m = self.max_log_scale
-        return (torch.sigmoid(raw_scale * (2 / m)) - 0.5) * (2 * m), shift
+        half = torch.sigmoid(raw_scale if m == 2 else raw_scale * (2 / m)) - 0.5
+        return half.mul_(2 * m), shift
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        size = x.shape[self.dim] - self.split_dim
-        x1, x2 = x.split_with_sizes((self.split_dim, size), dim=self.dim)
-        log_scale, shift = self._scale_and_shift(x1, size)
+        x1, x2 = self._halves(x)
+        log_scale, shift = self._scale_and_shift(x1, x2.shape[self.dim])
         y2 = x2 + shift if log_scale is None else torch.addcmul(shift, x2, log_scale.exp())
         return self._join(x1, y2), log_scale
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        size = y.shape[self.dim] - self.split_dim
-        y1, y2 = y.split_with_sizes((self.split_dim, size), dim=self.dim)
-        log_scale, shift = self._scale_and_shift(y1, size)
+        y1, y2 = self._halves(y)
+        log_scale, shift = self._scale_and_shift(y1, y2.shape[self.dim])
         x2 = y2 - shift if log_scale is None else (y2 - shift) * (-log_scale).exp()
         return self._join(y1, x2), log_scale
 
+    def _halves(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what decides and what is transformed."""
+        rest = value.shape[self.dim] - self.split_dim
+        if self.keep == "first":
+            kept, changed = value.split_with_sizes((self.split_dim, rest), dim=self.dim)
+        else:
+            changed, kept = value.split_with_sizes((rest, self.split_dim), dim=self.dim)
+        return kept, changed
+
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
-        if self.batch_shape:  # a context may have brought new batch dimensions
+        if self._batch_shape:  # a context may have brought new batch dimensions
             kept = kept.expand(*changed.shape[: self.dim], *kept.shape[self.dim :])
-        return torch.cat([kept, changed], dim=self.dim)
+        return torch.cat([kept, changed] if self.keep == "first" else [changed, kept], dim=self.dim)
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor | None) -> Tensor:
         if aux is None:
@@ -182,6 +201,8 @@ class AffineCoupling(Bijection):
             parts.insert(0, str(self.input_dim))
         if self.dim != -1:
             parts.append(f"dim={self.dim}")
+        if self.keep != "first":
+            parts.append("keep='last'")
         if self.scale is None:
             parts.append("scale=None")
         if self.context_dim:
@@ -195,6 +216,7 @@ def affine_coupling(
     *,
     split_dim: int | None = None,
     dim: int = -1,
+    keep: str = "first",
     scale: str | None = "tanh",
     context_dim: int = 0,
     max_log_scale: float = 2.0,
@@ -207,6 +229,7 @@ def affine_coupling(
         hidden_dims: Hidden widths (channels) of the network; default two of ``10 * input_dim``.
         split_dim: Default ``input_dim // 2``.
         dim: -1 builds a dense network, -2, -3 and -4 a convolutional one with 1, 2 or 3 spatial dimensions.
+        keep: As in the class.
         scale: As in the class.
         context_dim: As in the class.
         max_log_scale: As in the class.
@@ -236,6 +259,7 @@ def affine_coupling(
         split_dim,
         hypernet,
         dim=dim,
+        keep=keep,
         scale=scale,
         context_dim=context_dim,
         max_log_scale=max_log_scale,
