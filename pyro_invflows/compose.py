@@ -213,7 +213,8 @@ class Chain(Bijection, nn.ModuleList):
             memory no longer grows with depth, a training step takes about half as long again. First derivatives
             only. The log-det is computed with every pass. The backward pass raises
             :class:`~pyro_invflows.errors.ReconstructionError` where rounding made the inversion lose the input.
-            Under ``torch.func``, autocast and while compiling the plain path is taken.
+            Under ``torch.func``, autocast, while compiling, and where a part
+            holds a trainable tensor that is not its own parameter or buffer, the plain path is taken.
 
     Shape:
         What the parts make of it; event dimension as in ``ComposeTransform``.
@@ -372,11 +373,9 @@ class Chain(Bijection, nn.ModuleList):
     # ------------------------------------------------------------------ hooks
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
-        if self._recomputes():
-            return recompute(self, x, inverse=False)
-        return self._plain_forward(x)
-
-    def _plain_forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        rebuilt = recompute(self, x, inverse=False) if self._recomputes() else None
+        if rebuilt is not None:
+            return rebuilt
         steps = []
         for part in self.parts:
             y, aux = _evaluate(part, x)
@@ -385,8 +384,9 @@ class Chain(Bijection, nn.ModuleList):
         return x, steps
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
-        if self._recomputes():
-            return recompute(self, y, inverse=True)
+        rebuilt = recompute(self, y, inverse=True) if self._recomputes() else None
+        if rebuilt is not None:
+            return rebuilt
         steps = []
         for part in reversed(self.parts):
             x, aux = _evaluate_inverse(part, y)

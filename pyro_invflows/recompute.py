@@ -58,7 +58,7 @@ def rebind(
     return new
 
 
-def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
     """Evaluate a chain, keeping only its two ends for the backward pass.
 
     Args:
@@ -67,7 +67,7 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
         inverse: Run it backwards.
 
     Returns:
-        The output and the log-det of the **forward** map.
+        The output and the log-det of the **forward** map; None where only the plain pass gives right gradients.
     """
     named = {
         name: tensor
@@ -76,10 +76,7 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
         if tensor.requires_grad
     }
     if any(t is not None and t.requires_grad for t in chain._foreign_tensors()):
-        raise ValueError(
-            "Chain(recompute=True) sees only the tensors of modules, but a part that is no module holds one that "
-            "requires a gradient, which would be lost. Use a layer of this library there, or recompute=False."
-        )
+        return None  # a part that is no module holds a tensor whose gradient would be lost
     # A conditioned layer's tensors hang on the context's graph. The inner backward passes must stop at them: one that
     # went on would count the path to the context twice. A tensor with several names (a context) is cut once.
     outer = list({id(tensor): tensor for tensor in named.values()}.values())
@@ -89,10 +86,7 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
     twin = rebind(chain, cut) if cut else chain
     placed = {id(t) for t in (*twin.parameters(), *twin.buffers())}
     if any(id(t) not in placed for t in inner):
-        raise ValueError(
-            "Chain(recompute=True) cannot exchange a tensor inside torch's own wrappers or a sub-network, so its "
-            "gradient would be wrong. Use the layer itself in the chain, or recompute=False."
-        )
+        return None  # a computed tensor inside a sub-network or a wrapper of torch's (functional_call puts them there)
     out, ladj = _Recompute.apply(twin, inner, inverse, value, *outer)
     return out, -ladj if inverse else ladj
 

@@ -341,15 +341,23 @@ def test_recompute_with_a_computed_context_shared_by_several_couplings():
             assert (a - b).norm() <= 1e-8 * a.norm()
 
 
-def test_recompute_refuses_tensors_that_it_cannot_see():
+def test_recompute_takes_the_plain_path_around_tensors_that_it_cannot_exchange():
+    """Trainable tensors of foreign parts, and computed ones inside torch's wrappers or put there by functional_call."""
     scale = torch.tensor(2.0, requires_grad=True)
-    chain = pf.Chain([AffineTransform(0.0, scale), pf.shift(3)], recompute=True)
-    with pytest.raises(ValueError, match="no module holds one"):
-        chain(torch.randn(2, 3))
-    conditioned = pf.conditional_baird(3, 2).condition(torch.randn(2, 2))
-    chain = pf.Chain([IndependentTransform(conditioned, 1), pf.shift(3)], recompute=True)
-    with pytest.raises(ValueError, match="cannot exchange"):
-        chain(torch.randn(2, 3))
+    context = torch.randn(2, 2, requires_grad=True)
+    conditional = scatter(pf.conditional_baird(3, 2))
+    x = torch.randn(2, 3)
+
+    def foreign(recompute):
+        return call_and_ladj(pf.Chain([AffineTransform(0.0, scale), pf.shift(3)], recompute=recompute), x)
+
+    def wrapped(recompute):
+        part = IndependentTransform(conditional.condition(torch.tanh(context)), 1)
+        return call_and_ladj(pf.Chain([part, pf.shift(3)], recompute=recompute), x)
+
+    for run, leaf in ((foreign, scale), (wrapped, context)):
+        grads = [torch.autograd.grad(sum(t.square().sum() for t in run(r)), leaf)[0] for r in (False, True)]
+        torch.testing.assert_close(*grads)
 
 
 def test_recompute_leaves_no_activation_behind():
