@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from pyro_invflows.autograd import first_order_only
 from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, sum_rightmost
 from pyro_invflows.errors import ReconstructionError
 
 __all__ = ["inner_layers", "rebind", "recompute"]
+
+_FIRST_ORDER = (
+    "Chain(recompute=True) gives first derivatives only: its gradients cannot be differentiated again. Use "
+    "recompute=False."
+)
 
 
 def inner_layers(layer: Bijection) -> dict[str, Bijection]:
@@ -114,7 +120,6 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
         value, current, *tensors = ctx.saved_tensors
-        wants_graph = torch.is_grad_enabled()
         grads: list[Tensor | None] = [None] * len(tensors)
         current = current.detach()
         with torch.no_grad():
@@ -128,26 +133,9 @@ class _Recompute(torch.autograd.Function):
                         old = grads[i]
                         grads[i] = g if old is None else old + g
         _compare(ctx.chain, value, current)
-        results: list[Tensor | None] = [grad.sum_to_size(value.shape), *grads]
-        if wants_graph:  # create_graph=True: what follows must not take these gradients for constants
-            anchors = [t for t in (value, *tensors) if t.requires_grad]
-            results = list(_FirstOrderOnly.apply(len(results), *results, *anchors))
+        results: Sequence[Tensor | None] = [grad.sum_to_size(value.shape), *grads]
+        results = first_order_only(results, (value, *tensors), _FIRST_ORDER)
         return None, None, None, *results
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Passes gradients on and refuses to differentiate them."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if t is None else t.clone() for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "Chain(recompute=True) gives first derivatives only: its gradients cannot be differentiated again. Use "
-            "recompute=False."
-        )
 
 
 def _part_gradients(

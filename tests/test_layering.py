@@ -14,7 +14,7 @@ import pyro_invflows
 ROOT = Path(pyro_invflows.__file__).parent
 #: Lower stands lower; on the transforms floor the families stand in this order.
 FLOORS = [
-    ["errors"],
+    ["errors", "autograd"],
     ["linalg"],
     ["solvers", "nn", "logdet"],
     ["base"],

@@ -1,5 +1,6 @@
 """Linear algebra that several layers share. Tensors in, tensors out; nothing here knows a transform."""
 
+from pyro_invflows.linalg.cyclic import cyclic_product, narrowest
 from pyro_invflows.linalg.dense import log_abs_det, solve
 from pyro_invflows.linalg.frames import thin_frame
 from pyro_invflows.linalg.householder import (
@@ -15,20 +16,26 @@ from pyro_invflows.linalg.lowrank import (
     rows_times,
     symmetric_low_rank_inverse,
 )
+from pyro_invflows.linalg.spectral import convolution_norm_bound, spectral_norm, spectral_norm_bound
 from pyro_invflows.linalg.triangular import positive, positive_inverse, split_triangles
 
 __all__ = [
     "BLOCK_SIZE",
+    "convolution_norm_bound",
+    "cyclic_product",
     "householder_product",
     "householder_vectors",
     "identity_reflections",
     "log_abs_det",
     "low_rank_log_abs_det",
     "low_rank_solve",
+    "narrowest",
     "positive",
     "positive_inverse",
     "rows_times",
     "solve",
+    "spectral_norm",
+    "spectral_norm_bound",
     "split_triangles",
     "symmetric_low_rank_inverse",
     "thin_frame",

@@ -1,6 +1,32 @@
-"""Networks that layers are made of."""
+"""Networks that layers are made of: dense and convolutional, masked, and contractions."""
 
+from pyro_invflows.nn.activations import LipSwish, Sine, value_and_slope
+from pyro_invflows.nn.contraction import (
+    ContractiveMLP,
+    Conv2dContraction,
+    LinearContraction,
+    contractive_conv_network,
+    held_weights,
+    lipschitz_bound,
+)
 from pyro_invflows.nn.dense import conv_network, dense_network
+from pyro_invflows.nn.linearisation import Linearisation, linearise
 from pyro_invflows.nn.masked import MaskedLinear, masked_network
 
-__all__ = ["MaskedLinear", "conv_network", "dense_network", "masked_network"]
+__all__ = [
+    "ContractiveMLP",
+    "Conv2dContraction",
+    "LinearContraction",
+    "Linearisation",
+    "LipSwish",
+    "MaskedLinear",
+    "Sine",
+    "contractive_conv_network",
+    "conv_network",
+    "dense_network",
+    "held_weights",
+    "linearise",
+    "lipschitz_bound",
+    "masked_network",
+    "value_and_slope",
+]

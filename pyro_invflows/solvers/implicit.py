@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
+from pyro_invflows.autograd import first_order_only
 from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
 from pyro_invflows.solvers.solution import Settings, finish
 
 __all__ = ["implicit_gradient"]
 
+_FIRST_ORDER = (
+    ": this inverse has first derivatives only; second ones would be wrong. Build the layer with order=2 where it offers "
+    "that, or use a layer whose inverse has derivatives of every order."
+)
 STRUCTURES = ("dense", "elementwise", "autoregressive", "iterative")
 
 
@@ -30,6 +35,7 @@ def implicit_gradient(
     event_dim: int = 1,
     order: int = 1,
     diagonal: Callable[[Tensor], Tensor] | None = None,
+    jacobian: Callable[[Tensor], Tensor] | None = None,
     solver: Settings | None = None,
     owner: str = "implicit_gradient",
 ) -> Tensor:
@@ -50,6 +56,8 @@ def implicit_gradient(
         order: 1 keeps one evaluation, and its second derivatives raise; 2 (dense and elementwise) takes two Newton
             steps with a graph, right for derivatives up to the third and dearer.
         diagonal: ``x -> diag(J)``, without graph; needed for ``"autoregressive"``.
+        jacobian: ``x -> J`` ``(*B, E, E)`` for the dense structure, where it is known in closed form; with its graph,
+            if autograd records.
         solver: For ``"iterative"``: the solver of the linear equation, with its own tolerance.
         owner: Whom an error names.
 
@@ -88,12 +96,12 @@ def implicit_gradient(
         if not functorch and not torch.is_grad_enabled():
             return x
         for _ in range(2):
-            x = _newton_step(residual, x, structure, event_dim)
+            x = _newton_step(residual, x, structure, event_dim, jacobian)
         return x
     value = residual(x)
     if not value.requires_grad and not _is_dual(value):
         return x
-    return _Attach.apply(value, x, residual, structure, event_dim, diagonal, solver or Anderson(), owner)
+    return _Attach.apply(value, x, residual, structure, event_dim, diagonal, jacobian, solver or Anderson(), owner)
 
 
 def _is_dual(value: Tensor) -> bool:
@@ -112,12 +120,20 @@ def _diagonal(residual: Callable[[Tensor], Tensor], x: Tensor, create_graph: boo
     return value, slope
 
 
-def _newton_step(residual: Callable[[Tensor], Tensor], x: Tensor, structure: str, event_dim: int) -> Tensor:
+def _newton_step(
+    residual: Callable[[Tensor], Tensor],
+    x: Tensor,
+    structure: str,
+    event_dim: int,
+    closed: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
     """Take a Newton step whose graph is kept: from a root it moves by rounding only, but brings the derivatives."""
     if structure == "elementwise":
         value, slope = _diagonal(residual, x, create_graph=True)
         return x - value / slope
-    if torch._C._are_functorch_transforms_active():
+    if closed is not None:
+        value, jacobian = residual(x), closed(x)
+    elif torch._C._are_functorch_transforms_active():
         value, jacobian = residual(x), dense_jacobian(residual, x, event_dim)
     else:
         x = x if x.requires_grad else x.detach().requires_grad_()
@@ -139,26 +155,21 @@ class _Attach(torch.autograd.Function):
         structure: str,
         event_dim: int,
         diagonal: Callable[[Tensor], Tensor] | None,
+        jacobian: Callable[[Tensor], Tensor] | None,
         solver: Settings,
         owner: str,
     ) -> Tensor:
         ctx.residual, ctx.structure, ctx.event_dim = residual, structure, event_dim
-        ctx.diagonal, ctx.solver, ctx.owner = diagonal, solver, owner
+        ctx.diagonal, ctx.jacobian, ctx.solver, ctx.owner = diagonal, jacobian, solver, owner
         ctx.x = x  # a constant
         ctx.save_for_backward(value)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            x = ctx.x.detach().requires_grad_()
-            value = ctx.residual(x)
-        constant = grad.detach()
-        with torch.no_grad():
-            v = _solve_transposed(ctx, value, x, constant)
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative must not go wrong silently
-            v = _Refuse.apply(v, grad, *ctx.saved_tensors, ctx.owner)
-        return -v, None, None, None, None, None, None, None
+        v = _solve_transposed(ctx, grad.detach())
+        (result,) = first_order_only([-v], (grad, *ctx.saved_tensors), ctx.owner + _FIRST_ORDER)
+        return result, *(None,) * 8
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -169,12 +180,20 @@ class _Attach(torch.autograd.Function):
                 f"{ctx.owner}: forward-mode derivatives need the dense or the elementwise structure, not "
                 f"{ctx.structure}; use reverse mode."
             )
-        jacobian = dense_jacobian(ctx.residual, ctx.x, ctx.event_dim)
+        with torch.no_grad():
+            closed = ctx.jacobian
+            jacobian = dense_jacobian(ctx.residual, ctx.x, ctx.event_dim) if closed is None else closed(ctx.x)
         return -linalg.solve(jacobian, tangent.reshape(*jacobian.shape[:-1], 1)).reshape(tangent.shape)
 
 
-def _solve_transposed(ctx: Any, value: Tensor, x: Tensor, grad: Tensor) -> Tensor:
+@torch.no_grad()
+def _solve_transposed(ctx: Any, grad: Tensor) -> Tensor:
     """Return v with ``J^T v = grad``."""
+    if ctx.jacobian is not None:
+        return _solve_dense(ctx.jacobian(ctx.x), grad)
+    with torch.enable_grad():
+        x = ctx.x.detach().requires_grad_()
+        value = ctx.residual(x)
 
     def vjp(v: Tensor) -> Tensor:
         return torch.autograd.grad(value, x, v, retain_graph=True)[0]
@@ -182,8 +201,7 @@ def _solve_transposed(ctx: Any, value: Tensor, x: Tensor, grad: Tensor) -> Tenso
     if ctx.structure == "elementwise":
         return grad / vjp(torch.ones_like(value))
     if ctx.structure == "dense":
-        jacobian = jacobian_of(value, x, ctx.event_dim)
-        return linalg.solve(jacobian.mT, grad.reshape(*jacobian.shape[:-1], 1)).reshape(grad.shape)
+        return _solve_dense(jacobian_of(value, x, ctx.event_dim), grad)
     if ctx.structure == "autoregressive":
         slope = ctx.diagonal(ctx.x)
         v = grad / slope
@@ -199,17 +217,5 @@ def _solve_transposed(ctx: Any, value: Tensor, x: Tensor, grad: Tensor) -> Tenso
     return finish(solution, f"{ctx.owner} (backward pass)", ctx.solver, given=grad)
 
 
-class _Refuse(torch.autograd.Function):
-    """Passes on v; a derivative through it raises."""
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, grad: Tensor, value: Tensor, owner: str) -> Tensor:
-        ctx.owner = owner
-        return v.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            f"{ctx.owner}: this inverse has first derivatives only; second ones would be wrong. Build the layer with "
-            "order=2 where it offers that, or use a layer whose inverse has derivatives of every order."
-        )
+def _solve_dense(jacobian: Tensor, grad: Tensor) -> Tensor:
+    return linalg.solve(jacobian.mT, grad.reshape(*jacobian.shape[:-1], 1)).reshape(grad.shape)

@@ -1,0 +1,50 @@
+r"""Jacobians of networks, as products of matrices and diagonal matrices, in as few dimensions as possible.
+
+The Jacobian of a network is :math:`J = S_L W_L \cdots S_1 W_1` with diagonal :math:`S_i`, which differ from point to
+point. By Sylvester's identity :math:`\det(I + A B) = \det(I + B A)` the cycle may be entered anywhere: at the narrowest
+layer the determinant of :math:`I + J` is smallest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_invflows.linalg.lowrank import rows_times
+
+__all__ = ["cyclic_product", "narrowest"]
+
+
+def narrowest(weights: Sequence[Tensor]) -> int:
+    """Return after how many of the matrices the network is narrowest; 0 is its input."""
+    widths = [weights[0].shape[-1], *(w.shape[-2] for w in weights[:-1])]
+    return widths.index(min(widths))
+
+
+def cyclic_product(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], start: int = 0) -> Tensor:
+    r"""Return :math:`S_k W_k \cdots S_1 W_1 S_L W_L \cdots S_{k+1} W_{k+1}` for ``start`` k.
+
+    Args:
+        weights: :math:`W_1, \dots, W_L`, each ``(n_i, n_{i-1})``.
+        slopes: The diagonals ``(*B, n_i)``; None where there is none.
+        start: Where the cycle is entered; 0 gives the Jacobian itself.
+
+    Returns:
+        ``(*B, n_start, n_start)``, in O(n_start * sum n_i n_{i-1}) a point.
+    """
+    factors: list[tuple[Tensor, Tensor | None]] = []
+    for weight, slope in [*zip(weights, slopes, strict=True)][start:] + [*zip(weights, slopes, strict=True)][:start]:
+        if factors and factors[-1][1] is None:  # nothing in between: one matrix for all points
+            factors[-1] = weight @ factors[-1][0], slope
+        else:
+            factors.append((weight, slope))
+    # transposed, so that each product is one of all points' rows with one matrix
+    product: Tensor | None = None
+    for weight, slope in factors:
+        product = weight.mT if product is None else rows_times(product, weight.mT)
+        if slope is not None:
+            product = product * slope.unsqueeze(-2)
+    assert product is not None
+    return product.mT

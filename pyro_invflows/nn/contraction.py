@@ -1,0 +1,385 @@
+r"""Networks that are contractions, by construction: their bound holds at any weights, at every call.
+
+A weight A acts as :math:`A \min(1, c / |A|)` with a spectral norm that is never under-estimated
+(:func:`~pyro_invflows.linalg.spectral_norm_bound`), computed from the weight as it is: in training and evaluation,
+right after ``load_state_dict``, after any optimiser's step, before any other call. Nothing is kept from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_invflows import linalg
+from pyro_invflows.nn.activations import LipSwish, value_and_slope
+from pyro_invflows.nn.dense import dense_network
+from pyro_invflows.nn.linearisation import Linearisation
+
+__all__ = [
+    "ContractiveMLP",
+    "Conv2dContraction",
+    "LinearContraction",
+    "contractive_conv_network",
+    "held_weights",
+    "lipschitz_bound",
+]
+
+
+_HELD: ContextVar[dict[Any, Any] | None] = ContextVar("held_weights", default=None)
+
+
+@contextmanager
+def held_weights() -> Iterator[None]:
+    """Within this context, contractions compute their weights once (for each grad mode), not at every call.
+
+    For the loops of a solver. The parameters must not change inside. Each thread has its own.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = _HELD.set({})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def _hold(module: nn.Module, compute: Callable[[], Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return compute()
+    held = _HELD.get()
+    if held is None:
+        return compute()
+    key = id(module), torch.is_grad_enabled(), torch._C._functorch.maybe_current_level()
+    if key not in held:
+        held[key] = module, compute()  # the module too: its id must not be used again
+    return held[key][1]
+
+
+def check_lipschitz(lipschitz: float, owner: str, *, below_one: bool = True) -> float:
+    """Check a Lipschitz constant."""
+    if isinstance(lipschitz, bool) or not isinstance(lipschitz, (int, float)):
+        raise TypeError(f"{owner}: lipschitz must be a number, but got {lipschitz!r}.")
+    if not lipschitz > 0 or (below_one and not lipschitz < 1) or not lipschitz < float("inf"):
+        limits = "strictly between 0 and 1" if below_one else "positive and finite"
+        raise ValueError(
+            f"{owner}: lipschitz must be {limits}, but got {lipschitz!r}. With 1 the inverse would neither be unique nor "
+            "reached; 0.9 to 0.99 are usual."
+        )
+    return float(lipschitz)
+
+
+def contract(weight: Tensor, lipschitz: float, norm: Tensor) -> Tensor:
+    """Return ``weight * min(1, lipschitz / norm)``."""
+    return weight * (lipschitz / norm.clamp_min(lipschitz)).to(weight.dtype)
+
+
+class LinearContraction(nn.Module):
+    r"""A linear layer with a Lipschitz constant that holds by construction: :math:`y = \min(1, c / |A|) A x + b`.
+
+    Args:
+        in_features: Width of x.
+        out_features: Width of y.
+        lipschitz: c, between 0 and 1.
+        bias: Whether b is learned.
+
+    Raises:
+        ValueError: if ``lipschitz`` is not strictly between 0 and 1.
+
+    Example:
+        >>> from pyro_invflows.nn import LinearContraction
+        >>> layer = LinearContraction(3, 5, lipschitz=0.9)
+        >>> _ = torch.nn.init.normal_(layer.weight, std=100.0)
+        >>> bool(torch.linalg.matrix_norm(layer.contracted(), 2) <= 0.9)
+        True
+    """
+
+    def __init__(self, in_features: int, out_features: int, lipschitz: float = 0.97, *, bias: bool = True) -> None:
+        super().__init__()
+        self.lipschitz = check_lipschitz(lipschitz, "LinearContraction")
+        linear = nn.Linear(in_features, out_features, bias=bias)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def contracted(self) -> Tensor:
+        """Return the matrix that acts, ``(out_features, in_features)``."""
+        return contract(self.weight, self.lipschitz, linalg.spectral_norm_bound(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _hold(self, self.contracted), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, lipschitz={self.lipschitz}"
+
+
+class Conv2dContraction(nn.Module):
+    """A convolution, stride 1, that keeps the resolution and whose operator norm is bounded for images of any size.
+
+    The norm is that of the convolution itself, not of its kernel as a matrix
+    (:func:`~pyro_invflows.linalg.convolution_norm_bound`).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the kernel, odd.
+        lipschitz: Bound on the operator norm, between 0 and 1.
+        bias: Whether a bias is learned.
+
+    Raises:
+        ValueError: if ``lipschitz`` is not strictly between 0 and 1, or the kernel's side is even.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        lipschitz: float = 0.97,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.lipschitz = check_lipschitz(lipschitz, "Conv2dContraction")
+        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or not kernel_size % 2:
+            raise ValueError(f"Conv2dContraction: kernel_size must be odd, but got {kernel_size!r}.")
+        convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def contracted(self) -> Tensor:
+        """Return the kernel that acts, ``(out_channels, in_channels, k, k)``."""
+        return contract(self.weight, self.lipschitz, linalg.convolution_norm_bound(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, _hold(self, self.contracted), self.bias, padding=self.kernel_size // 2)
+
+    def extra_repr(self) -> str:
+        size = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        return f"{size}, lipschitz={self.lipschitz}"
+
+
+class ContractiveMLP(nn.Module):
+    r"""A multi-layer perceptron g whose Lipschitz constant, in x, holds by construction.
+
+    .. math:: g(x) = \min\Bigl(1, \frac{c}{\prod_i |W_i|}\Bigr) W_L \phi(\cdots \phi(W_1 x + b_1) \cdots) + b_L.
+
+    Only the product of the norms is bounded, by a factor on the last matrix: single matrices may be as large as they
+    like, so that steep features remain possible where each layer's own bound would flatten them. A context shifts the
+    biases, by a network of its own, so that one bound serves every context.
+
+    Args:
+        input_dim: Width of x and of g(x).
+        hidden_dims: Hidden widths.
+        lipschitz: c, strictly between 0 and 1.
+        activation: Constructor of the activations, elementwise with slopes of at most 1.
+        context_dim: Width of the context; 0 for none.
+        context_hidden_dims: Hidden widths of the context's network.
+
+    Shape:
+        ``(*B, input_dim) -> (*B, input_dim)``; the context ``(*B, context_dim)`` broadcasts.
+
+    Raises:
+        ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
+
+    Example:
+        >>> from pyro_invflows.nn import ContractiveMLP
+        >>> net = ContractiveMLP(3, [16, 16], lipschitz=0.9)
+        >>> net(torch.zeros(5, 3)).abs().max().item()  # starts at zero
+        0.0
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        *,
+        lipschitz: float = 0.97,
+        activation: Callable[[], nn.Module] = LipSwish,
+        context_dim: int = 0,
+        context_hidden_dims: Sequence[int] = (64, 64),
+    ) -> None:
+        super().__init__()
+        self.lipschitz = check_lipschitz(lipschitz, "ContractiveMLP")
+        sizes = [input_dim, *hidden_dims, input_dim]
+        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
+        self.activations = nn.ModuleList(activation() for _ in hidden_dims)
+        check_activations(self.activations, "ContractiveMLP")
+        self.context_dim = context_dim
+        self.context_net: nn.Module | None = None
+        if context_dim:
+            self.context_net = dense_network(context_dim, context_hidden_dims, sum(sizes[1:]), zero_output=True)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def contracted(self) -> list[Tensor]:
+        """Return the matrices that act; the product of their spectral norms is at most ``lipschitz``."""
+        return contract_product([layer.weight for layer in self.layers], self.lipschitz)
+
+    def _biases(self, context: Tensor | None) -> list[Tensor]:
+        biases = [layer.bias for layer in self.layers]
+        if context is None or self.context_net is None:
+            return biases
+        shifts = self.context_net(context).split([b.shape[-1] for b in biases], dim=-1)
+        return [b + shift for b, shift in zip(biases, shifts, strict=True)]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        weights = _hold(self, self.contracted)
+        for i, (weight, bias) in enumerate(zip(weights, self._biases(context), strict=True)):
+            x = affine(x if not i else self.activations[i - 1](x), weight, bias)
+        return x
+
+    def linearise(self, x: Tensor, context: Tensor | None = None) -> Linearisation:
+        """Return the value at x together with the Jacobian there, in closed form."""
+        weights = _hold(self, self.contracted)
+        slopes: list[Tensor | None] = []
+        for i, (weight, bias) in enumerate(zip(weights, self._biases(context), strict=True)):
+            if i:
+                x, slope = value_and_slope(self.activations[i - 1], x)
+                slopes.append(slope)
+            x = affine(x, weight, bias)
+        return _MLPLinearisation(x, weights, [*slopes, None])
+
+
+class _MLPLinearisation(Linearisation):
+    """Products of weights and slopes."""
+
+    def __init__(self, value: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> None:
+        self.value, self.weights, self.slopes = value, weights, slopes
+
+    def vjp(self, v: Tensor) -> Tensor:
+        for weight, slope in zip(reversed(self.weights), reversed(self.slopes), strict=True):
+            v = (v if slope is None else v * slope) @ weight
+        return v
+
+    def jacobian(self) -> Tensor:
+        return linalg.cyclic_product(self.weights, self.slopes)
+
+    def reduced_jacobian(self) -> Tensor:
+        return linalg.cyclic_product(self.weights, self.slopes, linalg.narrowest(self.weights))
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``W x + b``, where b may have batch dimensions that x has not."""
+    if bias is None or bias.dim() == 1:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight) + bias
+
+
+def contract_product(weights: Sequence[Tensor], lipschitz: float) -> list[Tensor]:
+    """Scale the last matrix so that the product of the spectral norms is at most ``lipschitz``."""
+    norm = linalg.spectral_norm_bound(weights[0])
+    for weight in weights[1:]:
+        norm = norm * linalg.spectral_norm_bound(weight)
+    norm = norm * (1 + 4 * len(weights) * torch.finfo(norm.dtype).eps)  # rounding of the product, never downwards
+    return [*weights[:-1], contract(weights[-1], lipschitz, norm)]
+
+
+def contractive_conv_network(
+    channels: int,
+    hidden_channels: Sequence[int] = (32, 32),
+    *,
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+) -> nn.Sequential:
+    """Build a convolutional contraction: 3 x 3, 1 x 1, ..., 3 x 3 kernels, whose bounds multiply to ``lipschitz``.
+
+    Args:
+        channels: Channels of the input and output.
+        hidden_channels: Channels of the hidden layers.
+        lipschitz: Bound on the whole, strictly between 0 and 1.
+        activation: Constructor of the activations, with slopes of at most 1.
+
+    Returns:
+        ``nn.Sequential``, ``(N, channels, H, W) -> (N, channels, H, W)``; zero at the start.
+
+    Raises:
+        ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
+    """
+    check_lipschitz(lipschitz, "contractive_conv_network")
+    sizes = [channels, *hidden_channels, channels]
+    count = len(sizes) - 1
+    layers: list[nn.Module] = []
+    for i, (n, m) in enumerate(pairwise(sizes)):
+        if i:
+            layers.append(activation())
+        layers.append(Conv2dContraction(n, m, 3 if i in (0, count - 1) else 1, lipschitz ** (1 / count)))
+    check_activations(layers[1::2], "contractive_conv_network")
+    for parameter in layers[-1].parameters():
+        nn.init.zeros_(parameter)
+    return nn.Sequential(*layers)
+
+
+# ---------------------------------------------------------------------- what is known of other modules
+
+#: Largest slopes of torch's own elementwise modules and of maps that only rearrange.
+_SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
+    nn.CELU: lambda m: 1.0,
+    nn.ELU: lambda m: max(1.0, m.alpha),
+    nn.GELU: lambda m: 1.1290,
+    nn.Hardtanh: lambda m: 1.0,
+    nn.Identity: lambda m: 1.0,
+    nn.LeakyReLU: lambda m: max(1.0, abs(m.negative_slope)),
+    nn.LogSigmoid: lambda m: 1.0,
+    nn.Mish: lambda m: 1.0885,
+    nn.ReLU: lambda m: 1.0,
+    nn.ReLU6: lambda m: 1.0,
+    nn.SELU: lambda m: 1.7581,
+    nn.Sigmoid: lambda m: 0.25,
+    nn.SiLU: lambda m: 1.0999,
+    nn.Softplus: lambda m: 1.0,
+    nn.Softshrink: lambda m: 1.0,
+    nn.Softsign: lambda m: 1.0,
+    nn.Tanh: lambda m: 1.0,
+    nn.Tanhshrink: lambda m: 1.0,
+}
+
+
+def check_activations(activations: Sequence[nn.Module] | nn.ModuleList, owner: str) -> None:
+    """Refuse an activation with slopes beyond 1."""
+    for activation in activations:
+        lipschitz_bound(activation, owner=owner)
+
+
+def lipschitz_bound(module: nn.Module, *, owner: str = "lipschitz_bound", path: str = "") -> float:
+    """Return a bound on a network's Lipschitz constant that holds by construction.
+
+    Known are this library's contractions, ``nn.Sequential`` of known modules, torch's elementwise activations, and any
+    module with an attribute ``lipschitz``, its author's promise.
+
+    Args:
+        module: The network.
+        owner: Whom an error names.
+        path: Where the module stands, for the error.
+
+    Raises:
+        ValueError: naming the first layer that is no contraction, or steeper than 1.
+    """
+    where = f"'{path}' ({type(module).__name__})" if path else type(module).__name__
+    declared = getattr(module, "lipschitz", None)
+    if declared is not None:
+        bound = check_lipschitz(declared, f"{owner}: {where}", below_one=False)
+    elif type(module) in _SLOPES:
+        bound = _SLOPES[type(module)](module)
+    elif isinstance(module, nn.Sequential):
+        bound = 1.0
+        for name, child in module.named_children():
+            bound *= lipschitz_bound(child, owner=owner, path=f"{path}.{name}" if path else name)
+    else:
+        raise ValueError(
+            f"{owner}: {where} is no contraction that is known. Use nn.LinearContraction, nn.Conv2dContraction, "
+            "nn.ContractiveMLP or activations with slopes of at most 1, or give the module an attribute 'lipschitz', if "
+            "you can promise one."
+        )
+    if bound > 1:
+        raise ValueError(
+            f"{owner}: {where} may stretch by {bound:.4g}, but a contraction needs slopes of at most 1. Take nn.LipSwish "
+            "for a swish, or scale the module."
+        )
+    return bound

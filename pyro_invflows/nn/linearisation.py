@@ -1,0 +1,92 @@
+"""A function near one point of each row: its value, and products with its Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Linearisation", "linearise"]
+
+
+class Linearisation:
+    """The value of g at x ``(*B, *E)`` and its Jacobian there. With a graph wherever autograd records."""
+
+    value: Tensor
+
+    def vjp(self, v: Tensor) -> Tensor:
+        """Return ``J^T v``, shaped like v."""
+        raise NotImplementedError
+
+    def jacobian(self) -> Tensor:
+        """Return J with the event flattened, ``(*B, E, E)``."""
+        raise NotImplementedError
+
+    def reduced_jacobian(self) -> Tensor:
+        """Return a matrix M, perhaps smaller, with ``det(I + M) = det(I + J)``."""
+        return self.jacobian()
+
+
+class _Traced(Linearisation):
+    """By automatic differentiation, for any function that works row by row."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> None:
+        self.event_dim = event_dim
+        self._functional = torch._C._are_functorch_transforms_active()
+        self._graph = torch.is_grad_enabled()
+        if self._functional:
+            self.value, self._pullback, *_ = torch.func.vjp(function, x)
+            return
+        self._alone = not (self._graph and x.requires_grad)
+        with torch.enable_grad():
+            self.x = x.detach().requires_grad_() if self._alone else x
+            self._traced = function(self.x)
+        # a leaf made here must not make the value look as if someone could ask for its gradient
+        frozen = not self._graph or (self._alone and not _depends_on_more(self._traced, self.x))
+        self.value = self._traced.detach() if frozen else self._traced
+
+    def vjp(self, v: Tensor) -> Tensor:
+        if self._functional:
+            return self._pullback(v)[0]
+        if not self._traced.requires_grad:
+            return torch.zeros_like(v)
+        (out,) = torch.autograd.grad(
+            self._traced, self.x, v, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+        return torch.zeros_like(v) if out is None else out
+
+    def jacobian(self) -> Tensor:
+        batch = self.value.shape[: self.value.dim() - self.event_dim]
+        event = self.value.shape[len(batch) :]
+        eye = torch.eye(event.numel(), dtype=self.value.dtype, device=self.value.device)
+        rows = [self.vjp(e.reshape(event).expand(self.value.shape)).flatten(len(batch)) for e in eye]
+        return torch.stack(rows, dim=-2)
+
+
+def _depends_on_more(value: Tensor, x: Tensor) -> bool:
+    """Whether the graph of a value has a leaf other than x."""
+    if value.grad_fn is None:
+        return False
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not x:
+            return True
+        stack.extend(following for following, _ in node.next_functions if following is not None)
+    return False
+
+
+def linearise(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int = 1) -> Linearisation:
+    """Linearise any function at x, row by row, by automatic differentiation.
+
+    Args:
+        function: ``(*B, *E) -> (*B, *E)``; no row may depend on another.
+        x: The points.
+        event_dim: Number of dimensions of E.
+    """
+    return _Traced(function, x, event_dim)
