@@ -127,6 +127,8 @@ class Bijection(TransformModule):
     _only_own_sample = False
     #: Whether a hypernetwork may set the layer's parameters (see Conditional).
     conditionable = True
+    #: The layer's own parameters that it may set; None for all of them.
+    amortised: tuple[str, ...] | None = None
     #: Event size along ``dim`` that is required of the input; None where any size will do.
     input_dim: int | None = None
     dim: int = -1

@@ -176,7 +176,8 @@ def _layers(layer: Bijection, extra: int = 0, prefix: str = "") -> Iterator[tupl
 
 def _parameters_of(layer: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in layer._parameters.items():
-        if parameter is not None and layer.conditionable:
+        chosen = layer.amortised is None or name in layer.amortised
+        if parameter is not None and layer.conditionable and chosen:
             yield name, parameter
 
 

@@ -103,6 +103,12 @@ def _negative_diagonal(dim: int) -> pf.Diagonal:
     return pf.Diagonal.from_matrix(torch.diag((-1.2) ** torch.arange(1, dim + 1)))
 
 
+def _contraction(dim: int) -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        pf.nn.LinearContraction(dim, 6, 0.98), torch.nn.Softplus(), pf.nn.LinearContraction(6, dim, 0.98)
+    )
+
+
 def fitted(layer: pf.Whitening) -> pf.Whitening:
     """Show a whitening correlated rows of its own width; the mean is not zero."""
     d = layer.input_dim
@@ -233,6 +239,41 @@ CASES = [
         "NumericalInverse",
         lambda d: pf.NumericalInverse(dist.transforms.planar(d)),
         (2, 5),
+        tags=EAGER_INVERSE,
+    ),
+    Case(
+        "low_rank_residual",
+        "LowRankResidual",
+        pf.low_rank_residual,
+        conditional=pf.conditional_low_rank_residual,
+        tags=FIRST_ORDER_INVERSE,
+    ),
+    Case(
+        "low_rank_residual_sandwich",
+        "LowRankResidual",
+        lambda d: pf.low_rank_residual(d, 3, form="sandwich", activation=torch.nn.Tanh, order=2),
+        conditional=lambda d, c: pf.conditional_low_rank_residual(d, c, hidden_dim=3, form="sandwich"),
+    ),
+    Case(
+        "contractive_residual",
+        "ContractiveResidual",
+        lambda d: pf.contractive_residual(d, [8, 3]),
+        conditional=lambda d, c: pf.conditional_contractive_residual(d, c, [8]),
+        tags=EAGER_INVERSE,
+    ),
+    Case(
+        "contractive_residual_order_2",
+        "ContractiveResidual",
+        lambda d: pf.ContractiveResidual(_contraction(d), order=2),
+        (2, 5),
+        tags=frozenset({"eager inverse"}),
+    ),
+    Case(
+        "contractive_residual_image",
+        "ContractiveResidual",
+        lambda d: pf.contractive_residual(d, [4], dim=-3),
+        (1, 2),
+        event=image,
         tags=EAGER_INVERSE,
     ),
     Case(

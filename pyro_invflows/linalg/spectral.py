@@ -93,8 +93,8 @@ def spectral_norm_bound(matrix: Tensor) -> Tensor:
     r"""Return a number that is never below the spectral norm, rounding included, and hardly above it.
 
     Matrices with a side of up to 128 are decomposed: the excess is rounding only. For larger ones a Krylov method
-    estimates :math:`\sigma^2`, and a Cholesky factorisation of :math:`(1 + \delta) \sigma^2 I - A^T A` proves the bound,
-    with :math:`\delta` from 1e-5 to 1e-2; should none of them do, they are decomposed too. O(min(m, n)^2 max(m, n)).
+    estimates :math:`\sigma^2`, and a Cholesky factorisation of :math:`(1 + \delta) \sigma^2 I - A^T A` proves the
+    bound, with :math:`\delta` from 1e-5 to 1e-2; should none of them do, they are decomposed too. O(m n min(m, n)).
 
     Args:
         matrix: ``(*B, m, n)``, real or complex.
@@ -248,7 +248,7 @@ def _krylov(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide by the largest entry, so that squares neither overflow nor vanish; entries that are not finite become 0."""
+    """Divide by the largest entry, so that squares neither overflow nor vanish; where that is not finite, take 0."""
     scale = matrix.abs().amax((-2, -1))
     usable = (scale.isfinite() & (scale > 0))[..., None, None]
     safe = torch.where(usable, scale[..., None, None], 1)
@@ -383,9 +383,7 @@ class _Vectors(torch.autograd.Function):
         return _pseudo_solve(matrix, left, right, up, down)
 
 
-def _pseudo_solve(
-    matrix: Tensor, left: Tensor, right: Tensor, up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor]:
+def _pseudo_solve(matrix: Tensor, left: Tensor, right: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Apply the pseudo-inverse of ``[[s I, -A], [-A^H, s I]]``, whose null vector is (u, v)."""
     m, n = matrix.shape[-2:]
     value = torch.einsum("...m,...mn,...n->...", left.conj(), matrix, right).real

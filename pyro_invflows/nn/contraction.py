@@ -70,8 +70,8 @@ def check_lipschitz(lipschitz: float, owner: str, *, below_one: bool = True) -> 
     if not lipschitz > 0 or (below_one and not lipschitz < 1) or not lipschitz < float("inf"):
         limits = "strictly between 0 and 1" if below_one else "positive and finite"
         raise ValueError(
-            f"{owner}: lipschitz must be {limits}, but got {lipschitz!r}. With 1 the inverse would neither be unique nor "
-            "reached; 0.9 to 0.99 are usual."
+            f"{owner}: lipschitz must be {limits}, but got {lipschitz!r}. 0.9 to 0.99 are usual; at 1 the inverse would "
+            "neither be unique nor reached."
         )
     return float(lipschitz)
 
@@ -220,7 +220,7 @@ class ContractiveMLP(nn.Module):
 
     def contracted(self) -> list[Tensor]:
         """Return the matrices that act; the product of their spectral norms is at most ``lipschitz``."""
-        return contract_product([layer.weight for layer in self.layers], self.lipschitz)
+        return contract_product([layer.weight for layer in self.layers], self.lipschitz)[0]
 
     def _biases(self, context: Tensor | None) -> list[Tensor]:
         biases = [layer.bias for layer in self.layers]
@@ -272,13 +272,18 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight) + bias
 
 
-def contract_product(weights: Sequence[Tensor], lipschitz: float) -> list[Tensor]:
-    """Scale the last matrix so that the product of the spectral norms is at most ``lipschitz``."""
-    norm = linalg.spectral_norm_bound(weights[0])
-    for weight in weights[1:]:
-        norm = norm * linalg.spectral_norm_bound(weight)
-    norm = norm * (1 + 4 * len(weights) * torch.finfo(norm.dtype).eps)  # rounding of the product, never downwards
-    return [*weights[:-1], contract(weights[-1], lipschitz, norm)]
+def contract_product(weights: Sequence[Tensor], lipschitz: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Scale the last matrix so that the product of the spectral norms is at most ``lipschitz``.
+
+    Returns:
+        The matrices, and bounds on the norms that they had.
+    """
+    norms = [linalg.spectral_norm_bound(weight) for weight in weights]
+    product = norms[0]
+    for norm in norms[1:]:
+        product = product * norm
+    product = product * (1 + 4 * len(weights) * torch.finfo(product.dtype).eps)  # rounding, never downwards
+    return [*weights[:-1], contract(weights[-1], lipschitz, product)], norms
 
 
 def contractive_conv_network(
@@ -374,12 +379,12 @@ def lipschitz_bound(module: nn.Module, *, owner: str = "lipschitz_bound", path: 
     else:
         raise ValueError(
             f"{owner}: {where} is no contraction that is known. Use nn.LinearContraction, nn.Conv2dContraction, "
-            "nn.ContractiveMLP or activations with slopes of at most 1, or give the module an attribute 'lipschitz', if "
-            "you can promise one."
+            "nn.ContractiveMLP or activations with slopes of at most 1, or give the module an attribute 'lipschitz', "
+            "if you can promise one."
         )
     if bound > 1:
         raise ValueError(
-            f"{owner}: {where} may stretch by {bound:.4g}, but a contraction needs slopes of at most 1. Take nn.LipSwish "
-            "for a swish, or scale the module."
+            f"{owner}: {where} may stretch by {bound:.4g}, but a contraction needs slopes of at most 1. Take "
+            "nn.LipSwish for a swish, or scale the module."
         )
     return bound

@@ -1,0 +1,55 @@
+"""The determinant itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_invflows import linalg
+
+__all__ = ["Exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    r"""Computes :math:`\log\det(I + J)` from the Jacobian, in the fewest dimensions that the network allows.
+
+    For a network in closed form (:class:`~pyro_invflows.nn.ContractiveMLP`) the determinant has the size of its
+    narrowest layer; for any other the Jacobian takes one vector-Jacobian product for each element of the event.
+    O(E^3) a point at most. Derivatives of every order.
+
+    Args:
+        max_event_size: Events with more elements are refused: name an estimator instead, or raise this.
+
+    Raises:
+        ValueError: when called, for a larger event.
+    """
+
+    max_event_size: int = 1024
+
+    #: Whether every call gives the same, unbiased number.
+    exact = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_event_size, bool) or not isinstance(self.max_event_size, int) or self.max_event_size < 1:
+            raise ValueError(f"Exact: max_event_size must be an int of at least 1, but got {self.max_event_size!r}.")
+
+    def __call__(self, linearisation: Any, event_dim: int = 1) -> Tensor:
+        """Return ``log|det(I + J)|``, ``(*B,)``.
+
+        Args:
+            linearisation: g at x, as :func:`pyro_invflows.nn.linearise` makes it.
+            event_dim: Number of event dimensions.
+        """
+        value = linearisation.value
+        size = value.shape[value.dim() - event_dim :].numel()
+        if size > self.max_event_size:
+            raise ValueError(
+                f"Exact: the event has {size} elements, more than max_event_size={self.max_event_size}; its Jacobian "
+                "would be large and slow. Use logdet.RussianRoulette() (unbiased) or PowerSeries(), or raise the limit."
+            )
+        matrix = linearisation.reduced_jacobian()
+        return linalg.log_abs_det(matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device))

@@ -1,0 +1,597 @@
+r"""Residual layers ``x + g(x)`` with a contraction g: invertible whatever g looks like inside.
+
+Behrmann et al. (2019), *Invertible residual networks*; Chen et al. (2019), *Residual flows for invertible generative
+modeling*; Lu et al. (2021), *Implicit normalizing flows*, for chains of residual and inverted residual layers. There
+the bound is an estimate, the log-determinant is sampled and the inverse stops early; here the bound is proved at every
+call, and the low-rank layer's log-determinant is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_invflows import linalg
+from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.compose import Chain
+from pyro_invflows.conditional import Conditional
+from pyro_invflows.logdet import Exact
+from pyro_invflows.nn import (
+    ContractiveMLP,
+    Linearisation,
+    LipSwish,
+    contractive_conv_network,
+    held_weights,
+    linearise,
+    lipschitz_bound,
+    value_and_slope,
+)
+from pyro_invflows.nn.contraction import affine, check_activations, check_lipschitz, contract_product
+from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, Solution, finish, implicit_gradient
+from pyro_invflows.solvers.solution import in_transform, where_rows
+from pyro_invflows.transforms.linear import Diagonal
+
+__all__ = [
+    "ContractiveResidual",
+    "LowRankResidual",
+    "conditional_contractive_residual",
+    "conditional_low_rank_residual",
+    "contractive_residual",
+    "iresnet",
+    "low_rank_residual",
+]
+
+FORMS = ("bottleneck", "sandwich")
+#: Events of up to this size have a dense Jacobian in the inverse and its gradient.
+_SMALL_EVENT = 32
+
+
+def _check_order(order: int, owner: str) -> int:
+    if order not in (1, 2):
+        raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
+    return order
+
+
+def _finished(
+    first: Solution,
+    residual: Callable[..., Tensor],
+    start: Tensor,
+    args: tuple[Tensor, ...],
+    lipschitz: float,
+    **how: Any,
+) -> Solution:
+    """Solve the rows that an accelerated method left by the fixed point, which the bound makes converge."""
+    if in_transform(start) or first.converged.all():
+        return first
+    steps = math.ceil(math.log(1e-3 * torch.finfo(start.dtype).eps) / math.log(lipschitz))
+    again = where_rows(first.converged, first.value, start)
+    second = FixedPoint(max_steps=steps)(residual, again, *args, **how)
+    return second._replace(num_steps=first.num_steps + second.num_steps)
+
+
+# ---------------------------------------------------------------------- low rank
+
+
+class _Network(NamedTuple):
+    """The contraction of a :class:`LowRankResidual`, its bound applied."""
+
+    weights: list[Tensor]  # into the hidden dimensions, perhaps within them, out of them
+    biases: list[Tensor | None]
+    norm: Tensor  # of the first matrix
+
+
+class LowRankResidual(Bijection):
+    r"""Moves points by a narrow network that is a contraction.
+
+    .. math:: y = x + \phi(W_1 W_2 x + b) \quad \text{(bottleneck)}, \qquad
+       y = x + W_3\, \phi(W_2\, \phi(W_1 x + b_1) + b_2) + b_3 \quad \text{(sandwich)},
+
+    with k hidden dimensions and the last matrix scaled by :math:`\min(1, c / \prod_i |W_i|)`, so that g has a Lipschitz
+    constant of at most c < 1 at any parameters. Invertible because x is the fixed point of the contraction :math:`y -
+    g(x)`. Choose it as the general-purpose layer where no coordinate is special: it needs no permutation and no split.
+
+    **Forward**: O(D k) a point, the norms O(k^2 D + k^3) once. **Inverse**: a root in k dimensions, :math:`s + W g(s) =
+    W y`, by Newton's method with its k x k matrix, finished by the fixed point, which always converges, where that does
+    not; implicit gradient, first order in reverse and forward mode (``NotImplementedError`` for second derivatives);
+    ``order=2`` for higher ones. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma, O(D k^2) a point
+    (bottleneck) or O(k^3) (sandwich). **Identity**: the start, exactly (the last matrix is zero); the others are drawn
+    from torch's generator.
+
+    Args:
+        input_dim: D.
+        hidden_dim: k; default ``floor(sqrt(D))``, and at least 1.
+        form: ``"bottleneck"`` or ``"sandwich"``; the latter costs less in many dimensions.
+        lipschitz: c, strictly between 0 and 1. The inverse stretches by at most 1 / (1 - c).
+        activation: Constructor of :math:`\phi`, elementwise with slopes of at most 1.
+        order: Highest order of derivatives of the inverse, 1 or 2.
+        solver: Tolerances and bound on the Newton steps, and what happens on failure, instead of the default.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``. A context shifts the biases only, so that one bound serves every context.
+
+    Raises:
+        ValueError: if ``lipschitz`` is not strictly between 0 and 1, the form is unknown, the activation is steeper
+            than 1, or the event has another size.
+        ConvergenceError: in the inverse, with a solver of your own. A y that is not finite gives NaN.
+
+    References:
+        Behrmann et al. (2019), Eqs. 1-3 and algorithm 1, for the principle.
+
+    Example:
+        >>> layer = LowRankResidual(9)
+        >>> _ = torch.nn.init.normal_(layer.weight_out)
+        >>> x = torch.randn(5, 9)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
+        True
+    """
+
+    input_dim: int
+    amortised = ("bias_in", "bias_mid", "bias_out")
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int | None = None,
+        *,
+        form: str = "bottleneck",
+        lipschitz: float = 0.97,
+        activation: Callable[[], nn.Module] = LipSwish,
+        order: int = 1,
+        solver: Newton | None = None,
+        cache_size: int = 1,
+    ) -> None:
+        super().__init__(input_dim, cache_size=cache_size)
+        owner = "LowRankResidual"
+        if form not in FORMS:
+            raise ValueError(f"{owner}: form must be one of {FORMS}, but got {form!r}.")
+        if solver is not None and not isinstance(solver, Newton):
+            raise TypeError(f"{owner}: solver must be solvers.Newton(...), but got {type(solver).__name__}.")
+        k = math.isqrt(input_dim) if hidden_dim is None else positive_int(hidden_dim, "hidden_dim", owner)
+        self.hidden_dim, self.form = k, form
+        self.lipschitz = check_lipschitz(lipschitz, owner)
+        self.order = _check_order(order, owner)
+        self.solver = solver
+        self.activation = activation()
+        check_activations([self.activation], owner)
+        self.weight_in = nn.Parameter(torch.empty(k, input_dim))
+        self.weight_out = nn.Parameter(torch.empty(input_dim, k))
+        self.bias_out = nn.Parameter(torch.empty(input_dim))
+        if form == "sandwich":
+            self.weight_mid = nn.Parameter(torch.empty(k, k))
+            self.bias_in = nn.Parameter(torch.empty(k))
+            self.bias_mid = nn.Parameter(torch.empty(k))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the last matrix and bias to zero, the identity; draw the others."""
+        nn.init.normal_(self.weight_in, std=self.input_dim**-0.5)
+        nn.init.zeros_(self.weight_out)
+        nn.init.zeros_(self.bias_out)
+        if self.form == "sandwich":
+            nn.init.normal_(self.weight_mid, std=self.hidden_dim**-0.5)
+            nn.init.normal_(self.bias_in)
+            nn.init.normal_(self.bias_mid)
+
+    # ------------------------------------------------------------------ the contraction
+
+    def _network(self) -> _Network:
+        if self.form == "bottleneck":
+            raw, biases = [self.weight_in, self.weight_out], [None, self.bias_out]
+        else:
+            raw = [self.weight_in, self.weight_mid, self.weight_out]
+            biases = [self.bias_in, self.bias_mid, self.bias_out]
+        weights, norms = contract_product(raw, self.lipschitz)
+        return _Network(weights, biases, norms[0])
+
+    def _hidden(self, network: _Network, s: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Follow s, the image of the first matrix, up to the last activation; return the slopes on the way."""
+        if self.form == "bottleneck":
+            h, slope = value_and_slope(self.activation, affine(s, network.weights[1], network.biases[1]))
+            return h, (slope,)
+        h, first = value_and_slope(self.activation, s)
+        h, second = value_and_slope(self.activation, affine(h, network.weights[1], network.biases[1]))
+        return h, (first, second)
+
+    def _out(self, network: _Network, h: Tensor) -> Tensor:
+        return h if self.form == "bottleneck" else affine(h, network.weights[2], network.biases[2])
+
+    def _fold(self, network: _Network) -> tuple[Tensor, Tensor | None]:
+        """Return what leads from the last activation back to s: a matrix with k rows, and a shift."""
+        into = network.weights[0]
+        if self.form == "bottleneck":
+            return into, None
+        bias = network.biases[2]
+        assert bias is not None
+        return into @ network.weights[2], affine(bias, into, None)
+
+    def _matrix(self, network: _Network, fold: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
+        """Return the Jacobian of ``s + fold h(s)``, ``(*B, k, k)``; its determinant is that of dy/dx."""
+        if self.form == "bottleneck":
+            product = linalg.cyclic_product([network.weights[1], fold], [slopes[0], None])
+        else:
+            first, second = slopes
+            product = linalg.cyclic_product([fold.mT, network.weights[1].mT], [second, first]).mT
+        return product + torch.eye(self.hidden_dim, dtype=product.dtype, device=product.device)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[_Network, tuple[Tensor, ...]]]:
+        network = self._network()
+        h, slopes = self._hidden(network, affine(x, network.weights[0], network.biases[0]))
+        return x + self._out(network, h), (network, slopes)
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[_Network, tuple[Tensor, ...]]]:
+        network = self._network()
+        fold, shift = self._fold(network)
+        c = affine(y, network.weights[0], network.biases[0])
+        if shift is not None:
+            c = c - shift
+        if self._batch_shape:
+            c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
+
+        def residual(s: Tensor, c: Tensor) -> Tensor:
+            return s + affine(self._hidden(network, s)[0], fold, None) - c
+
+        def jacobian(s: Tensor) -> Tensor:
+            return self._matrix(network, fold, self._hidden(network, s)[1])
+
+        with torch.no_grad():
+            s = self._solve(residual, jacobian, c, y, network.norm)
+        s = implicit_gradient(lambda s: residual(s, c), s, jacobian=jacobian, order=self.order, owner="LowRankResidual")
+        h, slopes = self._hidden(network, s)
+        return y - self._out(network, h), (network, slopes)
+
+    def _solve(
+        self, residual: Callable[..., Tensor], jacobian: Callable[[Tensor], Tensor], c: Tensor, y: Tensor, norm: Tensor
+    ) -> Tensor:
+        """Solve ``residual(s, c) = 0``; the tolerance is that of y, hence the division by the first matrix's norm."""
+        unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
+
+        def scaled(s: Tensor, c: Tensor) -> Tensor:
+            return residual(s, c) / unit
+
+        def step(s: Tensor, r: Tensor, c: Tensor) -> Tensor:
+            return linalg.solve(jacobian(s), (r * unit).unsqueeze(-1)).squeeze(-1)
+
+        scale = y.abs().amax(-1, keepdim=True).expand(c.shape)
+        gather = not self._batch_shape  # batched biases do not go through the arguments
+        settings = Newton() if self.solver is None else self.solver
+        start = torch.where(c.isfinite(), c, 0)
+        solution = settings(scaled, start, c, step=step, scale=scale, gather=gather)
+        if self.solver is None:
+            solution = _finished(solution, residual, start, (c,), self.lipschitz, scale=scale, gather=gather)
+        return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, tuple[Tensor, ...]]) -> Tensor:
+        network, slopes = aux
+        return linalg.log_abs_det(self._matrix(network, self._fold(network)[0], slopes))
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, hidden_dim={self.hidden_dim}, form={self.form!r}, lipschitz={self.lipschitz}"
+
+
+# ---------------------------------------------------------------------- any contraction
+
+
+class ContractiveResidual(Bijection):
+    r"""Moves points by any network that is a contraction.
+
+    .. math:: y = x + g(x), \qquad \mathrm{Lip}(g) \le c < 1.
+
+    Invertible because x is the fixed point of the contraction :math:`y - g(x)`. Choose it for a network of your own,
+    wide or convolutional; :class:`LowRankResidual` is faster where a narrow one will do.
+
+    **Forward**: one evaluation of the network. **Inverse**: Newton's method for events of up to 32 elements, else
+    Anderson acceleration; the fixed point finishes the rows that these leave, and always converges. Implicit gradient,
+    its linear solve dense for small events and iterative else; first order in reverse mode, forward mode and
+    ``torch.func`` for small events only; ``order=2`` for second derivatives there. **Log-det**: exact by default, in as
+    few dimensions as the network is narrow; an estimator if you name one, from torch's generator. Which one runs never
+    depends on ``training``. **Identity**: where g is zero, as at the start of :func:`contractive_residual`.
+
+    Args:
+        net: A contraction: ``nn.ContractiveMLP``, a ``Sequential`` of ``nn.LinearContraction``,
+            ``nn.Conv2dContraction`` and activations with slopes of at most 1, or a module with an attribute
+            ``lipschitz``, your promise. It maps ``(*B, D)`` to the same shape or, for other ``dim``, one flat batch of
+            events, row by row.
+        dim: -1 for vectors, -3 for images ``(C, H, W)``; sets the event dimension.
+        input_dim: D, where it should be checked.
+        log_det: ``logdet.Exact()``, ``logdet.RussianRoulette()`` or ``logdet.PowerSeries()``.
+        order: Highest order of derivatives of the inverse, 1 or 2; 2 for small events only.
+        solver: ``solvers.Newton``, ``Anderson`` or ``FixedPoint`` with settings of your own, instead of the default.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, C, H, W)``.
+
+    Raises:
+        TypeError: if the network, the estimator or the solver is of another kind.
+        ValueError: naming the layer, if the network is not known to be a contraction or its bound is not below 1.
+        ConvergenceError: in the inverse, with a solver of your own. A y that is not finite gives NaN.
+
+    References:
+        Behrmann et al. (2019), theorem 1 and algorithm 1; Chen et al. (2019), section 3.1, for the estimators.
+
+    Example:
+        >>> from pyro_invflows.nn import LinearContraction, LipSwish
+        >>> layer = ContractiveResidual(torch.nn.Sequential(LinearContraction(2, 8), LipSwish(), LinearContraction(8, 2)))
+        >>> x = torch.randn(5, 2)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        dim: int = -1,
+        input_dim: int | None = None,
+        log_det: Callable[..., Tensor] | None = None,
+        order: int = 1,
+        solver: Settings | None = None,
+        cache_size: int = 1,
+    ) -> None:
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        owner = "ContractiveResidual"
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"{owner}: net must be a module, but got {type(net).__name__}.")
+        bound = lipschitz_bound(net, owner=owner)
+        if bound >= 1:
+            raise ValueError(
+                f"{owner}: the network's Lipschitz bound must be below 1, but it is {bound:.4g}. At least one of its "
+                "layers must be a strict contraction, such as nn.LinearContraction."
+            )
+        if log_det is not None and not (callable(log_det) and hasattr(log_det, "exact")):
+            raise TypeError(
+                f"{owner}: log_det must be logdet.Exact(), PowerSeries() or RussianRoulette(), but got {log_det!r}."
+            )
+        if solver is not None and not isinstance(solver, (Newton, Anderson, FixedPoint)):
+            raise TypeError(f"{owner}: solver must be solvers.Newton, Anderson or FixedPoint, but got {solver!r}.")
+        self.net = net
+        self.lipschitz = bound
+        self.log_det = Exact() if log_det is None else log_det
+        self.exact = self.log_det.exact
+        self.order = _check_order(order, owner)
+        self.solver = solver
+        self.context_dim = int(getattr(net, "context_dim", 0))
+        self.register_buffer("context", None, persistent=False)
+
+    # ------------------------------------------------------------------ the contraction
+
+    def _call_net(self, x: Tensor, *context: Tensor) -> Tensor:
+        if self.dim == -1:
+            return self.net(x, *context)
+        event = x.shape[self.dim :]
+        return self.net(x.reshape(-1, *event)).reshape(x.shape)
+
+    def _context(self, batch: torch.Size) -> tuple[Tensor, ...]:
+        if not self.context_dim or self.context is None:
+            return ()
+        return (self.context.expand(*batch, self.context_dim),)
+
+    def _expand(self, value: Tensor) -> Tensor:
+        """Give a value the batch dimensions of the context."""
+        if not self._batch_shape:
+            return value
+        batch = torch.broadcast_shapes(value.shape[: self.dim], self._batch_shape)
+        return value.expand(*batch, *value.shape[self.dim :])
+
+    def _linearise(self, x: Tensor) -> Linearisation:
+        context = self._context(x.shape[: self.dim])
+        closed = getattr(self.net, "linearise", None)
+        if closed is not None and self.dim == -1:
+            return closed(x, *context)
+        return linearise(lambda x: self._call_net(x, *context), x, -self.dim)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Linearisation | None]:
+        x = self._expand(x)
+        with held_weights():
+            if torch.is_grad_enabled() or hasattr(self.net, "linearise"):
+                linearisation = self._linearise(x)
+                return x + linearisation.value, linearisation
+            return x + self._call_net(x, *self._context(x.shape[: self.dim])), None  # a graph would only cost memory
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: Linearisation | None) -> Tensor:
+        return self.log_det(self._linearise(self._expand(x)) if aux is None else aux, -self.dim)
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
+        if torch.compiler.is_compiling():
+            # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that one imports the compiler.
+            return torch.compiler.disable(self._solve_and_attach)(y), None
+        return self._solve_and_attach(y), None
+
+    def _solve_and_attach(self, y: Tensor) -> Tensor:
+        y = self._expand(y)
+        event_dim = -self.dim
+        small = y.shape[self.dim :].numel() <= _SMALL_EVENT
+        if self.order == 2 and not small:
+            raise ValueError(
+                f"ContractiveResidual: order=2 serves events of up to {_SMALL_EVENT} elements, but got "
+                f"{tuple(y.shape[self.dim :])}."
+            )
+        context = self._context(y.shape[: self.dim])
+        closed = self._jacobian if small and self.dim == -1 and hasattr(self.net, "linearise") else None
+        with held_weights():
+            with torch.no_grad():
+                x = self._solve(y, context, small, closed)
+            return implicit_gradient(
+                lambda x: self._residual(x, y, *context),
+                x,
+                structure="dense" if small else "iterative",
+                event_dim=event_dim,
+                order=self.order,
+                jacobian=None if closed is None else lambda x: closed(x, *context),
+                owner="ContractiveResidual",
+            )
+
+    def _residual(self, x: Tensor, y: Tensor, *context: Tensor) -> Tensor:
+        return x + self._call_net(x, *context) - y
+
+    def _jacobian(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Return dy/dx of a network in closed form, ``(*B, D, D)``."""
+        product = self.net.linearise(x, *context).jacobian()  # type: ignore[operator]
+        return product + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+
+    def _solve(
+        self, y: Tensor, context: tuple[Tensor, ...], small: bool, closed: Callable[..., Tensor] | None
+    ) -> Tensor:
+        settings = self.solver
+        if settings is None:
+            settings = Newton() if small else Anderson(max_steps=200)
+        how: dict[str, Any] = {"event_dim": -self.dim, "scale": y}
+        start = torch.where(y.isfinite(), y, 0)
+        args = (y, *context)
+        if closed is not None and isinstance(settings, Newton):
+
+            def step(x: Tensor, r: Tensor, y: Tensor, *context: Tensor) -> Tensor:
+                return linalg.solve(closed(x, *context), r.unsqueeze(-1)).squeeze(-1)
+
+            solution = settings(self._residual, start, *args, step=step, **how)
+        else:
+            solution = settings(self._residual, start, *args, **how)  # type: ignore[operator]
+        if self.solver is None:
+            solution = _finished(solution, self._residual, start, args, self.lipschitz, **how)
+        return finish(solution, "ContractiveResidual", settings, given=y)
+
+    def extra_repr(self) -> str:
+        dim = "" if self.dim == -1 else f"dim={self.dim}, "
+        return f"{dim}lipschitz={self.lipschitz:.4g}, log_det={self.log_det}"
+
+
+# ---------------------------------------------------------------------- factories
+
+
+def low_rank_residual(
+    input_dim: int,
+    hidden_dim: int | None = None,
+    *,
+    form: str = "bottleneck",
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+    order: int = 1,
+    solver: Newton | None = None,
+) -> LowRankResidual:
+    """Build a :class:`LowRankResidual`."""
+    return LowRankResidual(
+        input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+    )
+
+
+def contractive_residual(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    dim: int = -1,
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+    context_dim: int = 0,
+    log_det: Callable[..., Tensor] | None = None,
+    order: int = 1,
+    solver: Settings | None = None,
+) -> ContractiveResidual:
+    """Build a :class:`ContractiveResidual` with its network, starting at the identity.
+
+    Args:
+        input_dim: D, or the channels of images.
+        hidden_dims: Hidden widths (channels) of the network; default (64, 64), or (32, 32) channels.
+        dim: -1 builds a :class:`~pyro_invflows.nn.ContractiveMLP`, -3 a convolutional contraction.
+        lipschitz: Bound on the network's Lipschitz constant, strictly between 0 and 1.
+        activation: Constructor of the activations.
+        context_dim: Width of the context, which shifts the biases; vectors only.
+        log_det: As in the class; the default is exact, also for images, whose size it limits.
+        order: As in the class.
+        solver: As in the class.
+
+    Raises:
+        ValueError: if ``lipschitz`` is out of range, the activation is steeper than 1, ``dim`` is neither -1 nor -3, or
+            images come with a context.
+    """
+    positive_int(input_dim, "input_dim", "contractive_residual")
+    net: nn.Module
+    if dim == -1:
+        net = ContractiveMLP(
+            input_dim,
+            (64, 64) if hidden_dims is None else hidden_dims,
+            lipschitz=lipschitz,
+            activation=activation,
+            context_dim=context_dim,
+        )
+    elif dim == -3 and not context_dim:
+        channels = (32, 32) if hidden_dims is None else hidden_dims
+        net = contractive_conv_network(input_dim, channels, lipschitz=lipschitz, activation=activation)
+    else:
+        raise ValueError(
+            f"contractive_residual: dim must be -1 (vectors) or -3 (images, without a context), but got dim={dim} and "
+            f"context_dim={context_dim}."
+        )
+    return ContractiveResidual(net, dim=dim, input_dim=input_dim, log_det=log_det, order=order, solver=solver)
+
+
+def iresnet(
+    input_dim: int,
+    hidden_dim: int | None = None,
+    *,
+    num_blocks: int = 4,
+    form: str = "bottleneck",
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+    recompute: bool = False,
+) -> Chain:
+    """Build an invertible residual network: :class:`LowRankResidual` blocks with learned scales between them.
+
+    The scales (:class:`~pyro_invflows.Diagonal`) let the whole stretch space by more than the blocks' bounds allow.
+
+    Args:
+        input_dim: D.
+        hidden_dim: Hidden dimensions of each block; default ``floor(sqrt(D))``.
+        num_blocks: Number of blocks.
+        form: As in :class:`LowRankResidual`.
+        lipschitz: As in :class:`LowRankResidual`.
+        activation: As in :class:`LowRankResidual`.
+        recompute: As in :class:`~pyro_invflows.Chain`: keep no activations.
+
+    Raises:
+        ValueError: if there is no block, or as in :class:`LowRankResidual`.
+
+    Example:
+        >>> chain = iresnet(6, num_blocks=3)
+        >>> len(chain)
+        5
+    """
+    positive_int(num_blocks, "num_blocks", "iresnet")
+    parts: list[Bijection] = []
+    for i in range(num_blocks):
+        if i:
+            parts.append(Diagonal(input_dim))
+        parts.append(LowRankResidual(input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation))
+    return Chain(parts, recompute=recompute)
+
+
+def conditional_low_rank_residual(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    hidden_dim: int | None = None,
+    form: str = "bottleneck",
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+    order: int = 1,
+    solver: Newton | None = None,
+) -> Conditional:
+    """Build a :func:`low_rank_residual` whose biases a hypernetwork (of widths ``hidden_dims``) sets from a context."""
+    layer = low_rank_residual(
+        input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+    )
+    return Conditional(layer, context_dim, hidden_dims=hidden_dims)
+
+
+def conditional_contractive_residual(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
+) -> Conditional:
+    """Build a :func:`contractive_residual` whose biases a context shifts; keywords as there."""
+    return Conditional(contractive_residual(input_dim, hidden_dims, context_dim=context_dim, **kwargs), context_dim)
