@@ -12,6 +12,7 @@ orthogonally to the null vector (u, v), which gives second derivatives without a
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -433,6 +434,8 @@ def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _full_precision(value: Tensor) -> Any:
     """Switch autocast off, under which products are rounded to half precision."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     return torch.autocast(value.device.type, enabled=False)
 
 

@@ -70,8 +70,8 @@ def check_lipschitz(lipschitz: float, owner: str, *, below_one: bool = True) -> 
     if not lipschitz > 0 or (below_one and not lipschitz < 1) or not lipschitz < float("inf"):
         limits = "strictly between 0 and 1" if below_one else "positive and finite"
         raise ValueError(
-            f"{owner}: lipschitz must be {limits}, but got {lipschitz!r}. 0.9 to 0.99 are usual; at 1 the inverse would "
-            "neither be unique nor reached."
+            f"{owner}: lipschitz must be {limits}, but got {lipschitz!r}. 0.9 to 0.99 are usual; at 1 the inverse "
+            "would neither be unique nor reached."
         )
     return float(lipschitz)
 
@@ -212,9 +212,9 @@ class ContractiveMLP(nn.Module):
         self.activations = nn.ModuleList(activation() for _ in hidden_dims)
         check_activations(self.activations, "ContractiveMLP")
         self.context_dim = context_dim
-        self.context_net: nn.Module | None = None
+        self.hypernet: nn.Module | None = None
         if context_dim:
-            self.context_net = dense_network(context_dim, context_hidden_dims, sum(sizes[1:]), zero_output=True)
+            self.hypernet = dense_network(context_dim, context_hidden_dims, sum(sizes[1:]), zero_output=True)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
@@ -224,9 +224,9 @@ class ContractiveMLP(nn.Module):
 
     def _biases(self, context: Tensor | None) -> list[Tensor]:
         biases = [layer.bias for layer in self.layers]
-        if context is None or self.context_net is None:
+        if context is None or self.hypernet is None:
             return biases
-        shifts = self.context_net(context).split([b.shape[-1] for b in biases], dim=-1)
+        shifts = self.hypernet(context).split([b.shape[-1] for b in biases], dim=-1)
         return [b + shift for b, shift in zip(biases, shifts, strict=True)]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

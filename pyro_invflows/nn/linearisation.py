@@ -33,7 +33,7 @@ class _Traced(Linearisation):
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> None:
         self.event_dim = event_dim
-        self._functional = torch._C._are_functorch_transforms_active()
+        self._functional = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
         self._graph = torch.is_grad_enabled()
         if self._functional:
             self.value, self._pullback, *_ = torch.func.vjp(function, x)

@@ -21,8 +21,8 @@ from pyro_invflows.solvers.solution import Settings, finish
 __all__ = ["implicit_gradient"]
 
 _FIRST_ORDER = (
-    ": this inverse has first derivatives only; second ones would be wrong. Build the layer with order=2 where it offers "
-    "that, or use a layer whose inverse has derivatives of every order."
+    ": this inverse has first derivatives only; second ones would be wrong. Build the layer with order=2 where it "
+    "offers that, or use a layer whose inverse has derivatives of every order."
 )
 STRUCTURES = ("dense", "elementwise", "autoregressive", "iterative")
 
@@ -87,7 +87,8 @@ def implicit_gradient(
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
     x = x.detach()
     functorch = torch._C._are_functorch_transforms_active()
-    if functorch or order == 2:
+    # autograd functions that a compiler cannot trace are avoided where the Jacobian is known
+    if functorch or order == 2 or (jacobian is not None and torch.compiler.is_compiling()):
         if not exact:
             raise NotImplementedError(
                 f"{owner}: the {structure} implicit gradient does not work under torch.func; use torch.autograd, or a "

@@ -97,9 +97,9 @@ class LowRankResidual(Bijection):
     **Forward**: O(D k) a point, the norms O(k^2 D + k^3) once. **Inverse**: a root in k dimensions, :math:`s + W g(s) =
     W y`, by Newton's method with its k x k matrix, finished by the fixed point, which always converges, where that does
     not; implicit gradient, first order in reverse and forward mode (``NotImplementedError`` for second derivatives);
-    ``order=2`` for higher ones. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma, O(D k^2) a point
-    (bottleneck) or O(k^3) (sandwich). **Identity**: the start, exactly (the last matrix is zero); the others are drawn
-    from torch's generator.
+    ``order=2`` for higher ones. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma, O(D k^2) a
+    point (bottleneck) or O(k^3) (sandwich). **Identity**: the start, exactly (the last matrix is zero); the others are
+    drawn from torch's generator.
 
     Args:
         input_dim: D.
@@ -316,7 +316,8 @@ class ContractiveResidual(Bijection):
 
     Example:
         >>> from pyro_invflows.nn import LinearContraction, LipSwish
-        >>> layer = ContractiveResidual(torch.nn.Sequential(LinearContraction(2, 8), LipSwish(), LinearContraction(8, 2)))
+        >>> net = torch.nn.Sequential(LinearContraction(2, 8), LipSwish(), LinearContraction(8, 2))
+        >>> layer = ContractiveResidual(net)
         >>> x = torch.randn(5, 2)
         >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
         True
