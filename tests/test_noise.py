@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 
 import numpy
@@ -15,7 +16,14 @@ from cases import CHANGES_DIMENSION, scatter
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from torch.distributions import Gamma, LogNormal, constraints
-from torch.distributions.transforms import AffineTransform, ComposeTransform, IndependentTransform, ReshapeTransform
+from torch.distributions.transforms import (
+    AffineTransform,
+    CatTransform,
+    ComposeTransform,
+    IndependentTransform,
+    ReshapeTransform,
+    identity_transform,
+)
 
 import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj
@@ -434,6 +442,26 @@ def test_sample_score_raises_on_anything_but_its_own_sample(wrap):
             d.log_prob(d.rsample((5,)), num_particles=3)
 
 
+def test_known_limit_a_sample_score_does_not_see_the_base_or_the_neighbours_in_a_list_change():
+    """Pinned, not promised: a transform knows its own parameters only. A Chain knows those of all its parts."""
+    guess = normal(1, scale=GUESS)
+    for chained in (False, True):
+        parts = [gaussian(), pf.Slice(guess, score="sample")]
+        d = pf.FlowDistribution(normal(2), [pf.Chain(parts)] if chained else parts)
+        y = d.rsample((2_000,))
+        moved = pf.FlowDistribution(normal(2, loc=1.0), d.transforms)
+        mean, error = gap(moved.log_prob(y), y)  # y is no sample of this one: no bound, and no error either
+        assert mean < -3 * error
+        y = d.rsample((5,))
+        with torch.no_grad():
+            parts[0].log_scale.add_(0.1)
+        if chained:
+            with pytest.raises(ValueError, match="nothing but the last point"):
+                d.log_prob(y)
+        else:
+            d.log_prob(y)
+
+
 def test_particles_tighten_the_bound():
     d = dropping("data", "flow")
     y = MARGINAL.sample((10_000,))
@@ -555,6 +583,12 @@ def test_the_log_det_of_a_slice_is_that_of_what_was_dropped():
     )
 
 
+class Estimated(pf.Shift):
+    """Stands for a layer whose log-det is an estimate."""
+
+    exact = False
+
+
 def test_what_is_exact_says_so():
     assert CHANGES_DIMENSION == {"ConcatNoise": "exact", "Slice": "bound"}
     inject, drop = pf.ConcatNoise(normal(1)), pf.Slice(normal(1))
@@ -568,6 +602,9 @@ def test_what_is_exact_says_so():
     assert not pf.Chain([inject, drop]).exact
     assert pf.Chain([pf.Inverted(drop)]).exact
     assert not pf.Chain([inject.inv]).exact
+    estimated = pf.ConcatNoise(pf.Flow(normal(1), [Estimated(1)]))
+    assert not estimated.exact
+    assert not pf.Chain([estimated]).exact
     for layer in (inject, drop, pf.Inverted(drop)):
         assert layer.domain == layer.codomain == constraints.real_vector
         with pytest.raises(ValueError, match="changes the dimension"):
@@ -616,6 +653,8 @@ def test_noise_that_cannot_be_injected_is_refused():
         (lambda: pf.Slice(normal(2), score="both"), "score must be"),
         (lambda: pf.whitened_noise(0), "noise_dim"),
         (lambda: pf.inject_noise(2, 0), "noise_dim"),
+        (lambda: pf.ConcatNoise(pf.Flow(normal(2), [pf.Slice(normal(1))])), "holds a Slice"),
+        (lambda: pf.Slice(pf.Flow(normal(2), [pf.ConcatNoise(normal(1)).inv])), "holds a Slice"),
         (lambda: pf.Chain([pf.Slice(normal(1)), pf.Slice(normal(1), score="sample")]), "bound nothing"),
         (lambda: pf.Conditional(pf.ConcatNoise(normal(1)), 2), "no parameters of its own"),
     ]
@@ -646,8 +685,9 @@ def test_wrong_sizes_and_dtypes_are_named():
     for call in (layer.inv, lambda y: layer.inverse_shape(y.shape), lambda y: inv_and_ladj(layer, y)):
         with pytest.raises(ValueError, match="3 elements along dim -1, but got 4 and 2 of noise"):
             call(torch.zeros(5, 6, dtype=F64))
-    with pytest.raises(ValueError, match="has more than that, but got 2"):
-        pf.ConcatNoise(normal(2)).inv(torch.zeros(5, 2, dtype=F64))
+    for call in (pf.ConcatNoise(normal(2)).inv, pf.Slice(normal(2))):
+        with pytest.raises(ValueError, match=r"input of a Slice.* has more than that, but got 2"):
+            call(torch.zeros(5, 2, dtype=F64))
     with pytest.raises(ValueError, match=r"base|elements"):
         dist.TransformedDistribution(normal(4), [layer])
     with pytest.raises(ValueError, match="elements"):
@@ -658,6 +698,8 @@ def test_wrong_sizes_and_dtypes_are_named():
         for dtype in (torch.float32, torch.long):
             with pytest.raises(TypeError, match=r"same dtype|floating point"):
                 call(torch.zeros(5, 3 if call is layer else 5, dtype=dtype))
+        with pytest.raises(TypeError, match="floating point tensor, but got list"):
+            call([0.0] * 5)
     with pytest.raises(ValueError, match="noise's event has 4 elements along dim -2"):
         pf.ConcatNoise(normal(2, 4, 4), dim=-3)(torch.zeros(1, 3, 4, dtype=F64))
     chain = pf.Chain([layer, pf.Slice(normal(1))])
@@ -773,22 +815,41 @@ def test_latents_refuse_what_they_cannot_restore():
     ]:
         with pytest.raises(ValueError, match=message):
             chain.from_latents(latents)
+    for e, error, message in [
+        (torch.zeros(3, 2, dtype=F64), ValueError, r"the noise, \(3,\), do not broadcast with those of x, \(4,\)"),
+        (torch.zeros(4, 2), TypeError, "tensor of torch.float64, like x, but got torch.float32"),
+        ([0.0, 0.0], TypeError, "but got list"),
+    ]:
+        with pytest.raises(error, match=message):
+            chain.from_latents({"base": y, "a": e})
+    with pytest.raises(TypeError, match="floating point tensor, but got NoneType"):
+        chain.from_latents({"base": None})
     assert list(pf.Chain([pf.shift(9).double()]).latents(y)) == ["base"]
 
 
 # ---------------------------------------------------------------------- multi-scale flows
 
 
+def vector_layers(dim):
+    return pf.Chain([pf.svd_linear(dim), coupling(dim)])
+
+
+def image_layers(dim):
+    return pf.Chain([pf.orthogonal(dim, dim=-3), pf.affine_coupling(dim, [4], dim=-3)])
+
+
 def multi_scale_vectors():
     """8 = 1 + 1 + 2 + 4: at each scale as much noise again."""
-    parts = []
-    for i, size in enumerate((1, 2, 4)):
-        parts += [pf.inject_noise(size, size, name=f"scale{i}"), pf.permute(2 * size), coupling(2 * size)]
-    return pf.Chain(parts)
+    return pf.multi_scale(8, num_scales=4, layers=vector_layers)
 
 
 def multi_scale_images():
-    """2 x 1 x 1 to 1 x 4 x 4: half of the channels are factored out at each scale; read from noise to image."""
+    """(8, 1, 1) to (1, 4, 4): half of the channels are factored out."""
+    return pf.multi_scale(1, num_scales=2, layers=image_layers, dim=-3)
+
+
+def multi_scale_by_hand():
+    """2 x 1 x 1 to 1 x 4 x 4, with noise of two kinds; read from noise to image."""
     parts = [pf.orthogonal(2, dim=-3)]
     for i, size in enumerate((2, 2)):
         parts += [pf.inject_noise(size, size, dim=-3, name=f"scale{i}")]
@@ -801,8 +862,12 @@ def multi_scale_images():
 
 @pytest.mark.parametrize(
     ("make", "base", "event"),
-    [(multi_scale_vectors, (1,), (8,)), (multi_scale_images, (2, 1, 1), (1, 4, 4))],
-    ids=["vectors", "images"],
+    [
+        (multi_scale_vectors, (1,), (8,)),
+        (multi_scale_images, (8, 1, 1), (1, 4, 4)),
+        (multi_scale_by_hand, (2, 1, 1), (1, 4, 4)),
+    ],
+    ids=["vectors", "images", "by hand"],
 )
 def test_multi_scale(make, base, event):
     torch.manual_seed(0)
@@ -837,3 +902,90 @@ def test_multi_scale(make, base, event):
     loss = -d.log_prob(y).mean()
     loss.backward()
     assert all(p.grad is not None for p in chain.parameters())
+
+
+def first_elements(layer, size, of):
+    """Let a layer act on the first elements of a vector only, by torch's own means."""
+    if size == of:
+        return layer
+    rest = IndependentTransform(identity_transform, 1)
+    return CatTransform([layer, rest], dim=-1, lengths=[size, of - size])
+
+
+def test_multi_scale_vectors_equal_a_flow_of_fixed_dimension():
+    """With standard normal noise, factoring out is the same as layers that leave the other elements alone."""
+    chain = scatter(pf.multi_scale(12, num_scales=3, layers=vector_layers).double(), 0.3)
+    assert chain.inverse_shape(torch.Size([12])) == (3,)
+    assert [layer.name for layer in chain if isinstance(layer, pf.ConcatNoise)] == ["scale1", "scale2"]
+    stages = [pf.Chain(list(chain)[i : i + 2]) for i in (0, 3, 6)]
+    fixed = [first_elements(stage, size, 12) for stage, size in zip(stages, (3, 6, 12), strict=True)]
+    reference = torch.distributions.TransformedDistribution(normal(12), fixed)
+    y = torch.randn(20, 12, dtype=F64)
+    for d in (pf.Flow(normal(3), chain).double()(), dist.TransformedDistribution(normal(3), [chain])):
+        torch.testing.assert_close(d.log_prob(y), reference.log_prob(y))
+    latents = chain.latents(y)
+    z = y
+    for transform in reversed(fixed):
+        z = transform.inv(z)
+    torch.testing.assert_close(torch.cat([latents[k] for k in ("base", "scale1", "scale2")], -1), z)
+
+
+def test_multi_scale_images_equal_a_flow_of_fixed_dimension():
+    """The same for images, written out from image to noise: squeeze, undo the layers, put half the channels aside."""
+    chain = scatter(pf.multi_scale(2, num_scales=3, layers=image_layers, dim=-3).double(), 0.3)
+    assert chain.inverse_shape(torch.Size((2, 16, 8))) == (32, 2, 1)
+    layers = [part for part in chain if not isinstance(part, (pf.ConcatNoise, pf.PixelShuffle))]
+    y = torch.randn(3, 2, 16, 8, dtype=F64)
+    x, expected = y, torch.zeros(3, dtype=F64)
+    for width in (8, 16, 32):
+        x = torch.nn.functional.pixel_unshuffle(x, 2)
+        coupled, mixed = layers.pop(), layers.pop()
+        for layer in (coupled, mixed):
+            x, ladj = inv_and_ladj(layer, x)
+            expected = expected + ladj
+        assert x.shape[1] == width
+        if width < 32:
+            x, e = x.chunk(2, 1)
+            expected = expected + dist.Normal(0.0, 1.0).log_prob(e).sum((1, 2, 3))
+    expected = expected + dist.Normal(0.0, 1.0).log_prob(x).sum((1, 2, 3))
+    d = pf.FlowDistribution(normal(32, 2, 1), [chain])
+    torch.testing.assert_close(d.log_prob(y), expected)
+    assert d.sample((5,)).shape == (5, 2, 16, 8)
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_multi_scale_integrates_to_one(kind):
+    torch.manual_seed(0)
+    chain = pf.multi_scale(2, layers=vector_layers, noise=lambda k: NOISES[kind](k, k)).double()
+    d = pf.FlowDistribution(normal(1), [scatter(chain, 0.3)])
+    with torch.no_grad():
+        mass = mass_of_bins(lambda y: d.log_prob(y).exp(), 2, 32, 12, 8.0)
+        samples = d.sample((200_000,))
+    assert abs(mass.sum().item() - 1) <= 1e-4
+    inside = (samples.abs() < 1).all(-1).double().mean().item()  # 4 x 4 of the 32 x 32 bins on [-8, 8]
+    expected = mass[14:18, 14:18].sum().item()
+    assert abs(inside - expected) < 4 * math.sqrt(expected / 200_000)
+
+
+def test_multi_scale_trains_and_refuses_bad_sizes():
+    chain = pf.multi_scale(8, num_scales=3, layers=lambda k: pf.svd_linear(k))
+    flow = pf.Flow(normal(2, dtype=torch.float32), chain)
+    (-flow().log_prob(torch.randn(16, 8)).mean()).backward()
+    assert all(p.grad is not None for p in flow.parameters())
+    assert len(pf.multi_scale(5, num_scales=1, layers=pf.svd_linear)) == 1
+    for make, message in [
+        (lambda: pf.multi_scale(6, num_scales=3, layers=coupling), "divisible by 4, but got 6"),
+        (lambda: pf.multi_scale(8, layers=coupling, dim=-2), "dim must be -1, for vectors, or -3"),
+        (lambda: pf.multi_scale(8, layers=coupling, num_scales=0), "num_scales must be at least 1"),
+        (lambda: pf.multi_scale(8, layers=lambda k: pf.svd_linear(8)), "part 1 .* does not fit part 0"),
+        (lambda: pf.multi_scale(1, layers=image_layers, dim=-3).latents(torch.zeros(1, 6, 4)), "divides the height"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    for layers, message in [
+        (coupling(8), "layers must be a function .* AffineCoupling"),
+        ([coupling], "layers must be a function .* list"),
+        (lambda k: [coupling(k)], "Chain needs transforms, but got list"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            pf.multi_scale(8, layers=layers)

@@ -195,10 +195,15 @@ def test_statistics_stay_in_double_precision():
     twin = pf.whitening(3)
     twin.load_state_dict(layer.state_dict())
     close(twin.covariance, layer.covariance, 0)
-    # a wider dtype leaves no inconsistency of the narrower one behind
+    # a wider dtype leaves no inconsistency of the narrower one behind, whether converted or loaded
     for trainable in (False, True):
-        layer = pf.whitening(3, trainable=trainable).fit(data).double()
-        close(layer.inv(layer(data.double())).detach(), data.double(), 1e-9)
+        layer = pf.whitening(3, trainable=trainable).fit(data)
+        loaded = pf.whitening(3, trainable=trainable).double()
+        loaded.load_state_dict(layer.state_dict())
+        for wide in (loaded, layer.double()):
+            x = torch.randn(50, 3, dtype=F64)
+            close(wide.inv(wide(x).detach().clone()).detach(), x, 1e-10)
+            close(pf.call_and_ladj(wide, x)[1][0].detach(), torch.linalg.slogdet(wide.matrix.detach())[1], 1e-12)
 
 
 # ---------------------------------------------------------------------- hard data
@@ -233,6 +238,17 @@ def test_degenerate_data_stay_invertible_and_it_says_so(name, method, shrinkage,
     close(white.mean(0), torch.zeros(4, dtype=F64), 1e-9)
 
 
+def test_the_warning_points_at_the_call():
+    for call in (
+        lambda layer: layer.fit(torch.zeros(5, 3)),
+        lambda layer: layer.observe(torch.zeros(5, 3)).adapt(),
+        lambda layer: layer.fit(torch.eye(3)[:2]),
+    ):
+        with pytest.warns(UserWarning, match="spread|rank") as caught:
+            call(pf.whitening(3))
+        assert [w.filename for w in caught] == [__file__]
+
+
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_without_shrinkage_they_are_refused(name):
     layer = pf.whitening(4, shrinkage=0).double()
@@ -240,6 +256,32 @@ def test_without_shrinkage_they_are_refused(name):
     with pytest.raises(ValueError, match=r"has rank \d of 4.*more shrinkage"):
         layer.adapt()
     assert torch.equal(layer.matrix, torch.eye(4, dtype=F64))
+
+
+@pytest.mark.parametrize("size", [1, 17, 1000])
+def test_equal_rows_have_no_spread_whatever_their_value(size):
+    """The mean of equal numbers is rounded; what is left over is no covariance."""
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-3, 1.0, 1e6):
+        row = scale * torch.randn(3, dtype=F64, generator=generator)
+        layer = pf.whitening(3).double()
+        for batch in row.expand(1000, 3).split(size):
+            layer.observe(batch)
+        with pytest.warns(UserWarning, match="no spread"):
+            layer.adapt()
+        assert torch.equal(layer.matrix, torch.eye(3, dtype=F64))
+        close(layer.mean, row, 1e-15 * scale)
+
+
+def test_missing_directions_are_filled_however_many_rows_there_are():
+    """The weight of the default vanishes as 1/N, but not below what tells a variance from rounding."""
+    layer = pf.whitening(4).double().observe(DEGENERATE["rank one"]())
+    held = layer.statistics
+    held.replace(held.count * 1e15, held.mean, held.scatter * 1e15)
+    with pytest.warns(UserWarning, match="has rank 1 of 4"):
+        layer.adapt()
+    x = torch.randn(20, 4, dtype=F64)
+    close(layer.inv(layer(x).clone()), x, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
@@ -285,13 +327,32 @@ def test_scoring_and_sampling_change_no_state():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_adapting_makes_the_memo_miss():
-    layer = pf.whitening(3).fit(correlated(50, 3).float())
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_adapting_makes_the_memo_miss(trainable, inference):
+    layer = pf.whitening(3, trainable=trainable).fit(correlated(50, 3).float())
+    chain = pf.Chain([layer])
     x = torch.randn(5, 3)
+    y, z = layer(x), chain(x)
+    layer.observe(correlated(500, 3, seed=2).float())
+    with torch.inference_mode(inference):
+        layer.adapt()
+    for transform, value in ((layer, y), (chain, z)):
+        back = transform.inv(value)
+        assert (back - x).abs().max() > 0.01
+        torch.testing.assert_close(transform.with_cache(0)(back), value)
+
+
+def test_adapting_under_a_pending_backward_pass_raises():
+    """What was computed before has gradients of the map before, or none."""
+    layer = pf.whitening(3).double().fit(correlated(50, 3))
+    x = torch.randn(5, 3, dtype=F64, requires_grad=True)
     y = layer(x)
-    layer.observe(correlated(500, 3, seed=2).float()).adapt()
-    assert layer.inv(y) is not x
-    torch.testing.assert_close(layer(layer.inv(y)), y)
+    layer.observe(correlated(50, 3, seed=2)).adapt()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    layer(x).sum().backward()
+    close(x.grad, layer.matrix.sum(0).expand(5, 3), 1e-12)
 
 
 def test_data_that_carry_a_graph_leave_none_behind():
@@ -323,7 +384,11 @@ def test_bad_rows_are_refused_and_change_nothing():
         with pytest.raises(TypeError, match="floating point"):
             call([[0.0, 1.0, 2.0]])
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
-    layer.observe(torch.full((4, 3), 1e200, dtype=F64))  # large, but finite
+    for call, huge in ((layer.observe, 1e200), (layer.fit, torch.tensor([[1e200], [-1e200]], dtype=F64))):
+        with pytest.raises(ValueError, match="squares are not"):  # finite, but not what is kept of it
+            call(torch.ones(2, 3, dtype=F64) * huge)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    assert layer.fit(correlated(9, 3) * 1e120).covariance.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -385,6 +450,8 @@ def _observe_a_half(rank, path, data):
             layer.observe(half[:0])
         torch.save(layer.adapt().state_dict(), os.path.join(path, f"{rank}.pt"))
         torch.save(pf.whitening(data.shape[1]).double().fit(half).state_dict(), os.path.join(path, f"fit{rank}.pt"))
+        alone = pf.whitening(data.shape[1]).double().fit(half if rank else half[:0])
+        torch.save(alone.state_dict(), os.path.join(path, f"alone{rank}.pt"))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -396,7 +463,7 @@ def test_two_processes_end_with_the_statistics_of_one(tmp_path):
         spawn(_observe_a_half, args=(str(tmp_path), data), nprocs=2)
     first = data[:100].tensor_split(4)
     seen = torch.cat([first[0], first[1], first[3], data[100:]])
-    for name, rows in (("", seen), ("fit", data)):
+    for name, rows in (("", seen), ("fit", data), ("alone", data[100:])):
         expected = pf.whitening(5).double().fit(rows).state_dict()
         states = [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)]
         for key, value in expected.items():

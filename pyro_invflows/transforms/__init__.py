@@ -40,9 +40,18 @@ from pyro_invflows.transforms.linear import (
     svd_linear,
 )
 from pyro_invflows.transforms.lowrank import LowRankLinear, conditional_low_rank_linear, low_rank_linear
-from pyro_invflows.transforms.noise import ConcatNoise, Slice, inject_noise, whitened_noise
+from pyro_invflows.transforms.noise import ConcatNoise, Slice, inject_noise, multi_scale, whitened_noise
 from pyro_invflows.transforms.numerical import NumericalInverse, numerical_inverse
 from pyro_invflows.transforms.planar import Planar, Radial, conditional_planar, conditional_radial, planar, radial
+from pyro_invflows.transforms.residual import (
+    ContractiveResidual,
+    LowRankResidual,
+    conditional_contractive_residual,
+    conditional_low_rank_residual,
+    contractive_residual,
+    iresnet,
+    low_rank_residual,
+)
 from pyro_invflows.transforms.shape import (
     Permute,
     PixelShuffle,
@@ -65,11 +74,13 @@ __all__ = [
     "AffineCoupling",
     "Baird",
     "ConcatNoise",
+    "ContractiveResidual",
     "Diagonal",
     "GeneralizedSylvester",
     "Interval",
     "LeakyReLU",
     "LowRankLinear",
+    "LowRankResidual",
     "NumericalInverse",
     "Orthogonal",
     "PReLU",
@@ -88,9 +99,11 @@ __all__ = [
     "baird",
     "conditional_affine_coupling",
     "conditional_baird",
+    "conditional_contractive_residual",
     "conditional_diagonal",
     "conditional_generalized_sylvester",
     "conditional_low_rank_linear",
+    "conditional_low_rank_residual",
     "conditional_orthogonal",
     "conditional_planar",
     "conditional_prelu",
@@ -98,13 +111,17 @@ __all__ = [
     "conditional_shift",
     "conditional_svd_linear",
     "conditional_sylvester",
+    "contractive_residual",
     "diagonal",
     "elu",
     "generalized_sylvester",
     "inject_noise",
     "interval",
+    "iresnet",
     "leaky_relu",
     "low_rank_linear",
+    "low_rank_residual",
+    "multi_scale",
     "numerical_inverse",
     "orthogonal",
     "permute",

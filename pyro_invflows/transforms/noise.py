@@ -3,27 +3,30 @@ r"""Layers that change the dimension: injected noise, and its inverse, which dro
 Injection is a map :math:`(x, e) \mapsto [x, e]` whose second argument is drawn, so its density is exact:
 :math:`p(y) = p(x)\,p(e)`. Dropping is a marginal, and what was dropped must be guessed: a bound. Both in Nielsen,
 Jaini, Hoogeboom, Winther and Welling (2020), *SurVAE flows*, section 3, as inference and generative slicing;
-injection also in Huang, Dinh and Courville (2020), *Augmented normalizing flows*.
+injection also in Huang, Dinh and Courville (2020), *Augmented normalizing flows*. Flows with several scales are
+injections in a row (Dinh, Sohl-Dickstein and Bengio 2017, *Density estimation using Real NVP*, section 3.6, read from
+noise to data).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain as concatenate
 from typing import Any
 
 import torch
 from pyro.distributions import ConditionalDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, TransformedDistribution, constraints
+from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
 
 from pyro_invflows.base import positive_int, sum_rightmost
-from pyro_invflows.compose import Inverted
+from pyro_invflows.compose import Chain, Inverted
 from pyro_invflows.flow import Flow
-from pyro_invflows.latents import NoiseInjection
+from pyro_invflows.latents import NoiseInjection, is_exact, leaves
+from pyro_invflows.transforms.shape import PixelShuffle
 from pyro_invflows.transforms.whitening import Whitening
 
-__all__ = ["ConcatNoise", "Slice", "inject_noise", "whitened_noise"]
+__all__ = ["ConcatNoise", "Slice", "inject_noise", "multi_scale", "whitened_noise"]
 
 
 class ConcatNoise(NoiseInjection):
@@ -46,7 +49,8 @@ class ConcatNoise(NoiseInjection):
     Args:
         noise: A :class:`~pyro_invflows.Flow`, kept as a module, or a distribution with ``rsample`` and real vectors as
             its support, of which a flow is made: its arguments become buffers, so that ``.to()`` reaches them. It must
-            have the input's dtype. A flow with conditional parts is conditioned on x.
+            have the input's dtype. A flow with conditional parts is conditioned on x; they must take a batch of
+            contexts, as those of this library do. Pyro's draw the same noise for all of them, so they are refused.
         dim: Axis that grows; -1 for vectors, -3 for the channels of images. Noise with a one-dimensional event is then
             drawn for each pixel; otherwise its event is the image ``(k, H, W)``.
         name: Key of the noise in :meth:`Chain.latents`.
@@ -58,7 +62,8 @@ class ConcatNoise(NoiseInjection):
     Raises:
         TypeError: if the noise is no distribution or flow, cannot be rebuilt, has parameters that a copy would cut off
             (give those as ``Flow(..., trainable_base=True)``), or, in a call, has another dtype than the input.
-        ValueError: if its support is not all real vectors, it has no ``rsample``, or its event does not fit.
+        ValueError: if its support is not all real vectors, it has no ``rsample``, only a bound of its density (a flow
+            that holds a :class:`Slice`), or an event that does not fit.
 
     References:
         Nielsen et al. (2020), *SurVAE flows*, section 3; Huang et al. (2020), *Augmented normalizing flows*, Eq. 4.
@@ -107,20 +112,7 @@ class ConcatNoise(NoiseInjection):
             d = self.noise(torch.zeros(self.input_dim, dtype=self._noise_dtype(), device=self._noise_tensor().device))
         else:
             d = self.noise()
-        transform = d.transforms[0]
-        # a layer on all real vectors says nothing about the range of what goes in
-        support = [transform.codomain, d.base_dist.support if _is_real(transform.domain) else transform.codomain]
-        if not all(map(_is_real, support)):
-            raise ValueError(
-                "ConcatNoise needs noise on all real vectors, but its support is "
-                f"{next(s for s in support if not _is_real(s))}. Give a distribution with real support, or a Flow that "
-                "maps it there, for example through Interval(low, high).inv."
-            )
-        if not d.has_rsample:
-            raise ValueError(
-                f"ConcatNoise needs noise with rsample, so that gradients pass through it, but {type(d.base_dist)} has "
-                "none."
-            )
+        self._accept_density(d)
         if d.batch_shape or len(d.event_shape) not in (1, -self.dim):
             raise ValueError(
                 f"ConcatNoise needs noise without a batch shape and with {' or '.join(sorted({'1', str(-self.dim)}))} "
@@ -133,6 +125,29 @@ class ConcatNoise(NoiseInjection):
                 f"{tuple(d.event_shape)}."
             )
         return d.event_shape
+
+    def _accept_density(self, d: TransformedDistribution) -> None:
+        """Refuse noise that is not a reparametrised density on all real vectors; note whether it is exact."""
+        transform = d.transforms[0]
+        # a layer on all real vectors says nothing about the range of what goes in
+        support = [transform.codomain, d.base_dist.support if _is_real(transform.domain) else transform.codomain]
+        if not all(map(_is_real, support)):
+            raise ValueError(
+                "ConcatNoise needs noise on all real vectors, but its support is "
+                f"{next(s for s in support if not _is_real(s))}. Give a distribution with real support, or a Flow that "
+                "maps it there, for example through Interval(low, high).inv."
+            )
+        if any(isinstance(leaf, NoiseInjection) and inverse for leaf, inverse in leaves(transform)):
+            raise ValueError(
+                "ConcatNoise needs noise whose density is known, but the flow given holds a Slice, which has only a "
+                "bound of it. Give noise without a Slice."
+            )
+        if not d.has_rsample:
+            raise ValueError(
+                f"ConcatNoise needs noise with rsample, so that gradients pass through it, but {type(d.base_dist)} has "
+                "none."
+            )
+        self.exact = is_exact(transform)  # a layer of the noise may estimate its log-det
 
     def _noise_tensor(self) -> Tensor:
         """Return a tensor that has the noise's dtype and device."""
@@ -158,7 +173,7 @@ class ConcatNoise(NoiseInjection):
             if known < 1:
                 raise ValueError(
                     f"{type(self).__name__} holds {self.noise_dim} elements of noise along dim {self.dim}, so its "
-                    f"output has more than that, but got {known + self.noise_dim}."
+                    f"output (the input of a Slice) has more than that, but got {known + self.noise_dim}."
                 )
         kept = self.input_dim if known is None else known
         if kept is not None:
@@ -171,8 +186,8 @@ class ConcatNoise(NoiseInjection):
         return sizes
 
     def _check(self, value: Tensor, inverse: bool) -> None:
-        if not value.is_floating_point():
-            super()._check(value, inverse)
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            super()._check(value, inverse)  # which says so
         self._event_shape(value.shape, -self.dim, inverse)
         dtype = self._noise_dtype()
         if dtype != value.dtype and not torch._C._is_any_autocast_enabled():
@@ -189,18 +204,23 @@ class ConcatNoise(NoiseInjection):
 
     def join(self, x: Tensor, noise: Tensor) -> Tensor:
         """Return y from x and e; batch dimensions broadcast."""
-        event = self._noise_event(x)
+        if not isinstance(noise, Tensor) or noise.dtype != x.dtype:
+            kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+            raise TypeError(f"{type(self).__name__}: the noise must be a tensor of {x.dtype}, like x, but got {kind}.")
+        event = (self.noise_dim, *x.shape[x.dim() + self.dim + 1 :])
         if noise.shape[noise.dim() + self.dim :] != event:
             raise ValueError(
-                f"{type(self).__name__}: the noise has events of shape {tuple(event)}, but got the shape "
-                f"{tuple(noise.shape)}."
+                f"{type(self).__name__}: the noise has events of shape {event}, but got the shape {tuple(noise.shape)}."
             )
-        batch = torch.broadcast_shapes(x.shape[: self.dim], noise.shape[: self.dim])
+        try:
+            batch = torch.broadcast_shapes(x.shape[: self.dim], noise.shape[: self.dim])
+        except RuntimeError:
+            raise ValueError(
+                f"{type(self).__name__}: the batch dimensions of the noise, {tuple(noise.shape[: self.dim])}, do not "
+                f"broadcast with those of x, {tuple(x.shape[: self.dim])}."
+            ) from None
         x, noise = (value.expand(*batch, *value.shape[self.dim :]) for value in (x, noise))
         return torch.cat([x, noise], dim=self.dim)
-
-    def _noise_event(self, x: Tensor) -> torch.Size:
-        return torch.Size((self.noise_dim, *x.shape[x.dim() + self.dim + 1 :]))
 
     def _given(self, x: Tensor) -> Distribution:
         """Return the distribution of the noise, conditioned on x where it is conditional; per pixel if pixelwise."""
@@ -263,7 +283,9 @@ class Slice(Inverted):
     * ``score="data"`` draws a fresh e for each score: in expectation **below** the log-density, whatever was sampled
       before. Maximum likelihood. ``FlowDistribution.log_prob(y, num_particles=K)`` draws K and closes in on it.
     * ``score="sample"`` takes the e that was truly dropped: in expectation **above** the log-density, so that the ELBO
-      of a guide remains a bound. It raises on anything but the last point sampled.
+      of a guide remains a bound. It raises on anything but the last point sampled, as the same tensor. What it cannot
+      see is a change of the base, or of its neighbours in a plain list (a :class:`~pyro_invflows.Chain` sees to its own
+      parts): after a step of the optimiser, sample again before you score, as ``SVI`` does.
 
     **Forward**: drops; free. **Inverse**: one sample of the noise. **Log-det**: :math:`\log r(e \mid y)`.
     **Identity**: never, the event shrinks.
@@ -338,7 +360,7 @@ def _as_flow(noise: Any) -> Flow:
     return Flow(noise, [])
 
 
-def _is_real(constraint: constraints.Constraint) -> bool:
+def _is_real(constraint: Any) -> bool:
     while hasattr(constraint, "base_constraint"):  # independent ones, and those of mixtures
         constraint = constraint.base_constraint
     return constraint is constraints.real
@@ -394,3 +416,67 @@ def inject_noise(
     """
     noise = whitened_noise(noise_dim, method=method, shrinkage=shrinkage, trainable=trainable)
     return ConcatNoise(noise, dim=dim, name=name, input_dim=input_dim)
+
+
+def multi_scale(
+    input_dim: int,
+    *,
+    layers: Callable[[int], Transform],
+    num_scales: int = 2,
+    dim: int = -1,
+    noise: Callable[[int], Flow | Distribution] = whitened_noise,
+) -> Chain:
+    """Build a flow with several scales: at each but the last, half of the elements are factored out.
+
+    From noise to data, coarse to fine, each scale doubles the event with injected noise and runs its layers on the
+    whole. Images are also enlarged: each scale halves the channels that its layers see and doubles height and width.
+    The noise of the finer scales is called ``"scale1"``, ``"scale2"``, ... in ``chain.latents(y)``; the coarsest scale
+    is the base, whose event shape is ``chain.inverse_shape(event_shape)``.
+
+    Args:
+        input_dim: D, the elements of the data; with ``dim=-3`` their channels C.
+        layers: Makes the layers of a scale, one transform that keeps the shape, from their number of elements (or
+            channels).
+        num_scales: S.
+        dim: -1 for vectors, -3 for images.
+        noise: Makes the noise from its size, as :class:`ConcatNoise` takes it. Where it is conditional, its context is
+            as large.
+
+    Shape:
+        ``(*B, D / 2^(S - 1)) -> (*B, D)``; with ``dim=-3`` ``(*B, 2^(S + 1) C, H / 2^S, W / 2^S) -> (*B, C, H, W)``.
+
+    Raises:
+        TypeError: if ``layers`` is no function, or makes something that is no transform.
+        ValueError: if ``2^(S - 1)`` does not divide the elements of vectors; if ``dim`` is neither -1 nor -3.
+
+    Example:
+        >>> chain = multi_scale(8, num_scales=3, layers=affine_coupling)
+        >>> base_shape = chain.inverse_shape(torch.Size([8]))
+        >>> flow = Flow(dist.Normal(torch.zeros(base_shape), 1.0).to_event(1), chain)
+        >>> flow().sample((5,)).shape, sorted(chain.latents(torch.randn(5, 8)))
+        (torch.Size([5, 8]), ['base', 'scale1', 'scale2'])
+    """
+    positive_int(input_dim, "input_dim", "multi_scale")
+    positive_int(num_scales, "num_scales", "multi_scale")
+    if dim not in (-1, -3):
+        raise ValueError(f"multi_scale: dim must be -1, for vectors, or -3, for images, but got {dim!r}.")
+    if dim == -1 and input_dim % 2 ** (num_scales - 1):
+        raise ValueError(
+            f"multi_scale halves vectors {num_scales - 1} times, so input_dim must be divisible by "
+            f"{2 ** (num_scales - 1)}, but got {input_dim}."
+        )
+    if isinstance(layers, Transform) or not callable(layers):
+        raise TypeError(
+            f"multi_scale: layers must be a function that makes the layers of one scale from their number of elements, "
+            f"but got {type(layers).__name__}."
+        )
+    parts: list[Transform] = []
+    for i in range(num_scales):
+        finer = 2 ** (num_scales - 1 - i)
+        width = input_dim // finer if dim == -1 else 4 * input_dim * finer
+        if i:
+            parts.append(ConcatNoise(noise(width // 2), dim=dim, name=f"scale{i}", input_dim=width // 2))
+        parts.append(layers(width))
+        if dim == -3:
+            parts.append(PixelShuffle(2))
+    return Chain(parts)

@@ -54,7 +54,9 @@ class Whitening(Bijection):
         shrinkage: Weight :math:`\rho` of the sphere in :math:`\Sigma = (1 - \rho) S + \rho\,(\mathrm{tr} S / D) I`,
             with the sample covariance S (divided by N - 1): a number in [0, 1], or ``"oas"``, the oracle approximating
             choice, which needs nothing but S and N and vanishes as 1/N. It keeps data of deficient rank invertible,
-            and :meth:`adapt` warns when it had to; rows without any spread leave A = I.
+            and :meth:`adapt` warns when it had to; rows without any spread leave A = I. The sphere knows no units:
+            where the scales of the columns differ by orders of magnitude it drowns the small ones, so divide them by
+            their scales first, or take 0.
         trainable: Make :math:`\mu` and the triangular factor parameters. :meth:`fit` and :meth:`adapt` set their start.
         dim: Axis of the D elements; with ``dim=-3`` every pixel counts as a row.
 
@@ -62,9 +64,9 @@ class Whitening(Bijection):
         ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
 
     Raises:
-        ValueError: for an unknown method or shrinkage; in ``fit`` and ``observe`` for no rows at all or rows that are
-            not finite (the statistics then stay as they were); in ``adapt`` before any row was observed, or, with
-            ``shrinkage=0``, for a covariance of deficient rank.
+        ValueError: for an unknown method or shrinkage; in ``fit`` and ``observe`` for no rows at all, and rows that are
+            not finite or whose squares are not (the statistics then stay as they were); in ``adapt`` before any row was
+            observed, or, with ``shrinkage=0``, for a covariance of deficient rank.
 
     References:
         Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*, Table 1; Chen, Wiesel, Eldar and Hero
@@ -131,7 +133,8 @@ class Whitening(Bijection):
     def fit(self, data: Tensor) -> Whitening:
         """Forget all statistics, take those of ``data`` ``(*N, D)`` and set the map from them."""
         self.statistics.replace(*self.statistics.of(self._rows, data))
-        return self.adapt()
+        self._adapt()
+        return self
 
     def observe(self, batch: Tensor) -> Whitening:
         """Add a batch ``(*N, D)`` to the running statistics. The map changes only in :meth:`adapt`."""
@@ -139,9 +142,15 @@ class Whitening(Bijection):
         return self
 
     def adapt(self) -> Whitening:
-        """Set the map from all rows observed since the start, or since :meth:`reset_statistics`."""
-        self._set_map(self.statistics.mean, *_roots(self._shrunk(), self.method))
+        """Set the map from all rows observed since the start, or since :meth:`reset_statistics`.
+
+        Call it between steps: autograd refuses a backward pass through what was computed with the map before.
+        """
+        self._adapt()
         return self
+
+    def _adapt(self) -> None:
+        self._set_map(self.statistics.mean, *_roots(self._shrunk(), self.method))
 
     def reset_statistics(self) -> None:
         """Forget all rows observed so far, as before a new window of a distribution that drifts."""
@@ -187,7 +196,7 @@ class Whitening(Bijection):
         if not rank and self.shrinkage != 0:  # nothing is known about the scale
             warnings.warn(
                 f"Whitening: the {count:.0f} rows observed have no spread, so only their mean is used and A = I.",
-                stacklevel=3,
+                stacklevel=4,  # fit or adapt was called there
             )
             return torch.eye(d, dtype=raw.dtype, device=raw.device)
         if self.shrinkage == "oas":
@@ -206,7 +215,7 @@ class Whitening(Bijection):
             warnings.warn(
                 f"Whitening: the covariance of the {count:.0f} rows observed has rank {rank} of {d}; a shrinkage of "
                 f"{weight.item():.2g} of the mean variance fills the missing directions.",
-                stacklevel=3,
+                stacklevel=4,  # fit or adapt was called there
             )
         shrunk = (1 - weight) * raw
         shrunk.diagonal().add_(weight * trace / d)
@@ -224,7 +233,6 @@ class Whitening(Bijection):
             self.colouring.copy_(colouring)
             self.whitening.copy_(whitening)
             self.log_scale.copy_(torch.linalg.slogdet(colouring)[1])
-        self.clear_cache()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Whitening:
         before = torch.finfo(self.mean.dtype).eps
@@ -232,6 +240,12 @@ class Whitening(Bijection):
         if torch.finfo(self.mean.dtype).eps < before:
             self._sharpen()
         return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        loaded = state_dict.get(f"{prefix}mean")
+        if loaded is not None and torch.finfo(self.mean.dtype).eps < torch.finfo(loaded.dtype).eps:
+            self._sharpen()
 
     @torch.no_grad()
     def _sharpen(self) -> None:
@@ -362,7 +376,7 @@ class _Moments(nn.Module):
     def _of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean = rows.mean(0)
         centred = rows - mean
-        # the mean is rounded, which 1e6-offset data would feel squared: correct it by the mean of what is left
+        # the mean is rounded; corrected by the mean of what is left, or rows that are all equal would show a spread
         rest = centred.mean(0)
         scatter = torch.addmm(torch.outer(rest, rest), centred.mT, centred, beta=-float(len(rows)))
         return self.count.new_tensor(float(len(rows))), mean + rest, scatter
@@ -396,13 +410,20 @@ class _Moments(nn.Module):
         total = self.count + count
         delta = mean - self.mean
         step = delta * (self.count * count / total).sqrt()
-        self.scatter.add_(scatter).addr_(step, step)
-        self.mean.add_(delta * (count / total))
-        self.count.copy_(total)
+        self.replace(total, self.mean + delta * (count / total), (self.scatter + scatter).addr_(step, step))
 
     @torch.no_grad()
     def replace(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
-        """Take these statistics instead."""
+        """Take these statistics instead.
+
+        Raises:
+            ValueError: if they overflowed; nothing changes then.
+        """
+        if not scatter.sum().isfinite():
+            raise ValueError(
+                "Whitening: the rows are finite, but so large that their squares are not. Nothing was added to the "
+                "statistics; rescale the data."
+            )
         self.count.copy_(count)
         self.mean.copy_(mean)
         self.scatter.copy_(scatter)
