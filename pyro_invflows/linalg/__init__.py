@@ -16,7 +16,12 @@ from pyro_invflows.linalg.lowrank import (
     rows_times,
     symmetric_low_rank_inverse,
 )
-from pyro_invflows.linalg.spectral import convolution_norm_bound, spectral_norm, spectral_norm_bound
+from pyro_invflows.linalg.spectral import (
+    convolution_norm_bound,
+    spectral_norm,
+    spectral_norm_bound,
+    spectral_norm_bounds,
+)
 from pyro_invflows.linalg.triangular import positive, positive_inverse, split_triangles
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "solve",
     "spectral_norm",
     "spectral_norm_bound",
+    "spectral_norm_bounds",
     "split_triangles",
     "symmetric_low_rank_inverse",
     "thin_frame",

@@ -40,10 +40,18 @@ def cyclic_product(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], s
         else:
             factors.append((weight, slope))
     # transposed, so that each product is one of all points' rows with one matrix
-    product: Tensor | None = None
-    for weight, slope in factors:
-        product = weight.mT if product is None else rows_times(product, weight.mT)
-        if slope is not None:
-            product = product * slope.unsqueeze(-2)
-    assert product is not None
-    return product.mT
+    (weight, slope), *rest = factors
+    product = weight.mT
+    if rest and slope is not None and rest[0][0].shape[-2] <= slope.shape[:-1].numel():
+        (weight, next_slope), *rest = rest
+        product, slope = _sandwich(product, slope, weight.mT), next_slope
+    for weight, next_slope in rest:
+        product = rows_times(product if slope is None else product * slope.unsqueeze(-2), weight.mT)
+        slope = next_slope
+    return (product if slope is None else product * slope.unsqueeze(-2)).mT
+
+
+def _sandwich(left: Tensor, slope: Tensor, right: Tensor) -> Tensor:
+    """Return ``left diag(slope) right`` for each point as one product, with no tensor of points by left's size."""
+    outer = left.mT.unsqueeze(-1) * right.unsqueeze(-2)  # (n, p, q)
+    return (slope @ outer.flatten(-2)).unflatten(-1, outer.shape[-2:])

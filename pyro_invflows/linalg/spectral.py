@@ -12,6 +12,7 @@ orthogonally to the null vector (u, v), which gives second derivatives without a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pyro_invflows.linalg.dense import solve
 
-__all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound"]
+__all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "spectral_norm_bounds"]
 
 #: Up to this smaller side a Hermitian eigendecomposition costs no more than what would avoid it.
 _LARGEST_EXACT = 128
@@ -52,8 +53,8 @@ def spectral_norm(
     It has converged when :math:`|A^T u - \sigma v| \le \mathrm{atol} + \mathrm{rtol}\, \sigma`; a matrix that has not
     after ``max_steps`` (its largest singular values lie close together) is decomposed instead, so that the answer is
     right either way. The start is a fixed pseudo-random vector: no generator is touched. Derivatives of every order in
-    reverse and forward mode; where the largest singular value is repeated or zero, the first one is a subgradient and
-    the second does not exist (``LinAlgError``).
+    reverse and forward mode; where the largest singular value is repeated or zero, the first one is a subgradient (zero
+    for a zero matrix) and the second does not exist (``LinAlgError``).
 
     Args:
         matrix: ``(*B, m, n)``, real or complex.
@@ -107,6 +108,48 @@ def spectral_norm_bound(matrix: Tensor) -> Tensor:
         ValueError: if the argument is not a matrix.
     """
     _check(matrix, "spectral_norm_bound")
+    return spectral_norm_bounds([matrix])[0]
+
+
+def spectral_norm_bounds(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return :func:`spectral_norm_bound` of several matrices; those with the same smaller side are decomposed together.
+
+    Args:
+        matrices: Each ``(*B, m, n)``.
+    """
+    bounds: list[Tensor | None] = [None] * len(matrices)
+    groups: dict[Any, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        if matrix.dim() == 2 and matrix.dtype == torch.float32 and not _is_hidden(matrix):
+            groups.setdefault((min(matrix.shape), matrix.device), []).append(i)
+    for (size, device), members in groups.items():
+        if size <= _LARGEST_EXACT and device.type != "mps":
+            together = _decompose_together([matrices[i] for i in members])
+            for i, bound in zip(members, together or (), strict=bool(together)):
+                bounds[i] = bound
+    return [_bound_alone(m) if b is None else b for m, b in zip(matrices, bounds, strict=True)]
+
+
+def _decompose_together(matrices: Sequence[Tensor]) -> list[Tensor] | None:
+    """Bound float32 matrices with one decomposition: in double precision their squares neither overflow nor vanish."""
+    with torch.no_grad(), _full_precision(matrices[0]):
+        doubles = [m.detach().double() for m in matrices]
+        try:
+            values, vectors = torch.linalg.eigh(torch.stack([_gram(a) for a in doubles]))
+        except torch.linalg.LinAlgError:  # an entry is not finite
+            return None
+        top = torch.add(values[:, -1], values.sum(-1), alpha=max(_rounding(a) for a in doubles)).clamp_min(0)
+        bounds = list(_round_up(top.sqrt(), torch.float32).unbind())
+    if not torch.is_grad_enabled():
+        return bounds
+    for i, (matrix, a) in enumerate(zip(matrices, doubles, strict=True)):
+        if matrix.requires_grad:
+            left, right, _ = _both_vectors(a, vectors[i, :, -1])
+            bounds[i] = _Norm.apply(matrix, bounds[i], left.float(), right.float())
+    return bounds
+
+
+def _bound_alone(matrix: Tensor) -> Tensor:
     a = _double(matrix)
     with torch.no_grad(), _full_precision(a):
         constant = a.detach()
@@ -157,12 +200,10 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
 def _decompose(matrix: Tensor) -> _Top:
     """Decompose the smaller Gram matrix."""
     a, scale = _scaled(matrix)
-    gram = _gram(a)
-    values, vectors = torch.linalg.eigh(gram)
-    top = values[..., -1].clamp_min(0)
+    values, vectors = torch.linalg.eigh(_gram(a))
     left, right, norm = _both_vectors(a, vectors[..., -1])
-    bound = (top + _rounding(a, gram)).sqrt()
-    return _Top(scale * torch.maximum(top.sqrt(), norm), scale * bound, left, right)
+    bound = torch.add(values[..., -1], values.sum(-1), alpha=_rounding(a)).clamp_min(0).sqrt()
+    return _Top(scale * norm, scale * torch.maximum(bound, norm), left, right)
 
 
 def _iterate(matrix: Tensor, atol: float, rtol: float, max_steps: int) -> _Top:
@@ -170,7 +211,7 @@ def _iterate(matrix: Tensor, atol: float, rtol: float, max_steps: int) -> _Top:
     a, scale = _scaled(matrix)
     v = _start(a).expand(*a.shape[:-2], a.shape[-1])
     value = scale.new_zeros(scale.shape)
-    u = _unit(torch.einsum("...mn,...n->...m", a, v))[0]
+    u = torch.zeros_like(a[..., 0])
     done = torch.zeros_like(value, dtype=torch.bool)
     for _ in range(max_steps):
         u_new, value_new = _unit(torch.einsum("...mn,...n->...m", a, v))
@@ -199,7 +240,7 @@ def _certify(stack: Tensor) -> _Top:
     gram = _gram(a)
     values, vectors = _krylov(gram)
     estimate, index = values.max(-1)
-    rounding = _rounding(a, gram).amax(-1)
+    rounding = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1).amax(-1) * _rounding(a)
     left, right, norm = _both_vectors(_pick(a, index), _pick(vectors, index))
     estimate = torch.maximum(estimate, norm.square())
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -264,35 +305,31 @@ def _gram(a: Tensor) -> Tensor:
     return a @ a.mH if a.shape[-2] <= a.shape[-1] else a.mH @ a
 
 
-def _rounding(a: Tensor, gram: Tensor) -> Tensor:
-    """Bound what rounding did to the Gram matrix and does to its eigenvalues."""
-    trace = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
-    return trace * (torch.finfo(a.dtype).eps * (max(a.shape[-2:]) + 8 * min(a.shape[-2:])))
+def _rounding(a: Tensor) -> float:
+    """Bound what rounding did to the Gram matrix and does to its eigenvalues, in units of its trace."""
+    return torch.finfo(a.dtype).eps * (max(a.shape[-2:]) + 8 * min(a.shape[-2:]))
 
 
 def _both_vectors(a: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return left and right unit vectors and the norm, from the one that belongs to the Gram matrix."""
     if a.shape[-2] <= a.shape[-1]:
-        other, norm = _unit(torch.einsum("...mn,...m->...n", a.conj(), vector))
+        other, norm = _unit((a.mH @ vector.unsqueeze(-1)).squeeze(-1))
         return vector, other, norm
-    other, norm = _unit(torch.einsum("...mn,...n->...m", a, vector))
+    other, norm = _unit((a @ vector.unsqueeze(-1)).squeeze(-1))
     return other, vector, norm
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale to length 1; a zero vector becomes the first unit vector."""
+    """Scale to length 1 and return the length; a zero vector stays zero, which makes the subgradient zero."""
     norm = torch.linalg.vector_norm(vector, dim=-1)
-    first = torch.zeros_like(vector)
-    first[..., 0] = 1
-    positive = (norm > 0).unsqueeze(-1)
-    return torch.where(positive, vector / torch.where(positive, norm.unsqueeze(-1), 1), first), norm
+    return vector / norm.unsqueeze(-1).clamp_min(torch.finfo(norm.dtype).tiny), norm
 
 
 def _start(a: Tensor) -> Tensor:
     """Return a fixed vector that no structure is orthogonal to."""
     generator = torch.Generator().manual_seed(20)
     vector = torch.randn(a.shape[-1], generator=generator, dtype=torch.float64)
-    return _unit(vector)[0].to(dtype=a.dtype, device=a.device)
+    return (vector / vector.norm()).to(dtype=a.dtype, device=a.device)
 
 
 def _phases(kernel: Tensor) -> tuple[Tensor, float]:
@@ -346,7 +383,9 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = _Vectors.apply(*ctx.saved_tensors)
+        left, right = ctx.saved_tensors[1:]
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # second derivatives may follow
+            left, right = _Vectors.apply(*ctx.saved_tensors)
         return grad[..., None, None] * left.unsqueeze(-1) * right.conj().unsqueeze(-2), None, None, None
 
     @staticmethod

@@ -278,7 +278,7 @@ def contract_product(weights: Sequence[Tensor], lipschitz: float) -> tuple[list[
     Returns:
         The matrices, and bounds on the norms that they had.
     """
-    norms = [linalg.spectral_norm_bound(weight) for weight in weights]
+    norms = linalg.spectral_norm_bounds(weights)
     product = norms[0]
     for norm in norms[1:]:
         product = product * norm

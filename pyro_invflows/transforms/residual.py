@@ -48,6 +48,8 @@ __all__ = [
 FORMS = ("bottleneck", "sandwich")
 #: Events of up to this size have a dense Jacobian in the inverse and its gradient.
 _SMALL_EVENT = 32
+#: Bound on the cheap steps before Newton's method in a low-rank layer.
+_BLIND_STEPS, _CHORD_STEPS = 4, 12
 
 
 def _check_order(order: int, owner: str) -> int:
@@ -82,6 +84,49 @@ class _Network(NamedTuple):
     weights: list[Tensor]  # into the hidden dimensions, perhaps within them, out of them
     biases: list[Tensor | None]
     norm: Tensor  # of the first matrix
+
+
+class _Equation(NamedTuple):
+    """``s + fold h(s) = c``, row by row, with its Jacobian as a function of the activations' slopes at s."""
+
+    hidden: Callable[[Tensor], Tensor]
+    fold: Tensor
+    slopes: Callable[[Tensor], tuple[Tensor, ...]]
+    jacobian: Callable[[tuple[Tensor, ...]], Tensor]
+
+    def residual(self, s: Tensor, c: Tensor) -> Tensor:
+        return s + affine(self.hidden(s), self.fold, None) - c
+
+
+def _chord(equation: _Equation, s: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Take steps with one matrix for all rows, that of their mean slopes: no more than two products each.
+
+    Returns:
+        The points, and which of them solve the equation to rounding.
+    """
+    mean = tuple(slope.flatten(0, -2).nanmean(0) for slope in equation.slopes(s))
+    inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
+    keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse
+    aim = c @ inverse
+    for _ in range(_BLIND_STEPS):
+        if s.dim() == 2:
+            s = torch.addmm(torch.addmm(aim, s, keep), equation.hidden(s), pull)
+        else:
+            s = aim + s @ keep + equation.hidden(s) @ pull
+    goal = (c.abs().amax(-1) + unit) * (8 * torch.finfo(c.dtype).eps)
+    r = equation.residual(s, c)
+    error = r.abs().amax(-1)
+    todo = error > goal
+    for _ in range(_CHORD_STEPS):
+        if not todo.any():
+            break
+        new = s - r @ inverse
+        new_r = equation.residual(new, c)
+        new_error = new_r.abs().amax(-1)
+        better = todo & (new_error < error)
+        s, r, error = where_rows(better, new, s), where_rows(better, new_r, r), torch.where(better, new_error, error)
+        todo = better & (error > goal)
+    return s, error <= goal
 
 
 class LowRankResidual(Bijection):
@@ -196,6 +241,11 @@ class LowRankResidual(Bijection):
         h, second = value_and_slope(self.activation, affine(h, network.weights[1], network.biases[1]))
         return h, (first, second)
 
+    def _hidden_value(self, network: _Network, s: Tensor) -> Tensor:
+        """Return the same without the slopes, which cost more than the value."""
+        h = s if self.form == "bottleneck" else self.activation(s)
+        return self.activation(affine(h, network.weights[1], network.biases[1]))
+
     def _out(self, network: _Network, h: Tensor) -> Tensor:
         return h if self.form == "bottleneck" else affine(h, network.weights[2], network.biases[2])
 
@@ -233,37 +283,53 @@ class LowRankResidual(Bijection):
         if self._batch_shape:
             c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
 
-        def residual(s: Tensor, c: Tensor) -> Tensor:
-            return s + affine(self._hidden(network, s)[0], fold, None) - c
-
-        def jacobian(s: Tensor) -> Tensor:
-            return self._matrix(network, fold, self._hidden(network, s)[1])
-
+        equation = _Equation(
+            lambda s: self._hidden_value(network, s),
+            fold,
+            lambda s: self._hidden(network, s)[1],
+            lambda slopes: self._matrix(network, fold, slopes),
+        )
         with torch.no_grad():
-            s = self._solve(residual, jacobian, c, y, network.norm)
-        s = implicit_gradient(lambda s: residual(s, c), s, jacobian=jacobian, order=self.order, owner="LowRankResidual")
+            s = self._solve(equation, c, y, network.norm)
+        s = implicit_gradient(
+            lambda s: equation.residual(s, c),
+            s,
+            jacobian=lambda s: equation.jacobian(equation.slopes(s)),
+            order=self.order,
+            owner="LowRankResidual",
+        )
         h, slopes = self._hidden(network, s)
         return y - self._out(network, h), (network, slopes)
 
-    def _solve(
-        self, residual: Callable[..., Tensor], jacobian: Callable[[Tensor], Tensor], c: Tensor, y: Tensor, norm: Tensor
-    ) -> Tensor:
-        """Solve ``residual(s, c) = 0``; the tolerance is that of y, hence the division by the first matrix's norm."""
+    def _solve(self, equation: _Equation, c: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+        """Solve in the hidden dimensions. The tolerance is that of y, hence the division by the first matrix's norm."""
         unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
+        if self.solver is not None or in_transform(c):
+            return self._newton(equation, c, y, unit, self.solver or Newton())
+        s, done = _chord(equation, c, c, unit)
+        if done.all():
+            return s
+        if self._batch_shape:  # batched biases belong to their rows
+            return where_rows(done, s, self._newton(equation, c, y, unit, Newton()))
+        rows = ~done
+        s[rows] = self._newton(equation, c[rows], y[rows], unit, Newton())
+        return s
 
+    def _newton(self, equation: _Equation, c: Tensor, y: Tensor, unit: Tensor, settings: Newton) -> Tensor:
         def scaled(s: Tensor, c: Tensor) -> Tensor:
-            return residual(s, c) / unit
+            return equation.residual(s, c) / unit
 
         def step(s: Tensor, r: Tensor, c: Tensor) -> Tensor:
-            return linalg.solve(jacobian(s), (r * unit).unsqueeze(-1)).squeeze(-1)
+            return linalg.solve(equation.jacobian(equation.slopes(s)), (r * unit).unsqueeze(-1)).squeeze(-1)
 
-        scale = y.abs().amax(-1, keepdim=True).expand(c.shape)
-        gather = not self._batch_shape  # batched biases do not go through the arguments
-        settings = Newton() if self.solver is None else self.solver
         start = torch.where(c.isfinite(), c, 0)
-        solution = settings(scaled, start, c, step=step, scale=scale, gather=gather)
+        how: dict[str, Any] = {
+            "scale": y.abs().amax(-1, keepdim=True).expand(c.shape),
+            "gather": not self._batch_shape,
+        }
+        solution = settings(scaled, start, c, step=step, **how)
         if self.solver is None:
-            solution = _finished(solution, residual, start, (c,), self.lipschitz, scale=scale, gather=gather)
+            solution = _finished(solution, equation.residual, start, (c,), self.lipschitz, **how)
         return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
 
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, tuple[Tensor, ...]]) -> Tensor:
