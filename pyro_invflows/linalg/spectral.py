@@ -73,9 +73,9 @@ def spectral_norm(
         >>> from pyro_invflows.linalg import spectral_norm
         >>> a = torch.tensor([[3.0, 0.0], [0.0, -4.0]], requires_grad=True)
         >>> norm = spectral_norm(a)
-        >>> norm, torch.autograd.grad(norm, a)[0]
-        (tensor(4.0000, grad_fn=<_NormBackward>), tensor([[ 0.,  0.],
-                [ 0., -1.]]))
+        >>> expected = torch.tensor([[0.0, 0.0], [0.0, -1.0]])
+        >>> round(norm.item(), 4), torch.allclose(torch.autograd.grad(norm, a)[0], expected, atol=1e-3)
+        (4.0, True)
     """
     _check(matrix, "spectral_norm")
     for name, value in (("atol", atol), ("rtol", rtol)):
@@ -298,7 +298,7 @@ def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _safe_ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, part / whole, 0)
+    return torch.where((whole > 0) & whole.isfinite(), part / whole, 0)
 
 
 def _gram(a: Tensor) -> Tensor:

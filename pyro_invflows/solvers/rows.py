@@ -54,7 +54,7 @@ def iterate(
 
     tolerance = atol + rtol * row_max(x0 if scale is None else scale, event_dim)
     error = row_max(r, event_dim)
-    met = error <= tolerance
+    met = (error <= tolerance) & error.isfinite()  # an infinite y makes the tolerance infinite
     left = torch.where(met, polish, polish + 1)
     active = error.isfinite() & (left > 0)
     steps = torch.zeros_like(error, dtype=torch.int32)
@@ -84,7 +84,7 @@ def iterate(
         active = active & ((steps < settings.max_steps) | met)
         new_x, new_r, state = step(residual, x, r, state, args)
         new_error = row_max(new_r, event_dim)
-        new_met = new_error <= tolerance
+        new_met = (new_error <= tolerance) & new_error.isfinite()
         # while polishing, only improvements are taken
         take = active & (~met | (new_error < error))
         x, r = where_rows(take, new_x, x), where_rows(take, new_r, r)

@@ -48,6 +48,8 @@ __all__ = [
 FORMS = ("bottleneck", "sandwich")
 #: Events of up to this size have a dense Jacobian in the inverse and its gradient.
 _SMALL_EVENT = 32
+#: Where the bound binds, a shorter memory takes twice the steps.
+_MEMORY = 10
 #: Bound on the cheap steps before Newton's method in a low-rank layer.
 _BLIND_STEPS, _CHORD_STEPS = 4, 12
 
@@ -104,7 +106,7 @@ def _chord(equation: _Equation, s: Tensor, c: Tensor, unit: Tensor) -> tuple[Ten
     Returns:
         The points, and which of them solve the equation to rounding.
     """
-    mean = tuple(slope.flatten(0, -2).nanmean(0) for slope in equation.slopes(s))
+    mean = tuple(slope.reshape(-1, slope.shape[-1]).nanmean(0) for slope in equation.slopes(s))
     inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
     keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse
     aim = c @ inverse
@@ -508,7 +510,7 @@ class ContractiveResidual(Bijection):
     ) -> Tensor:
         settings = self.solver
         if settings is None:
-            settings = Newton() if small else Anderson(max_steps=200)
+            settings = Newton() if small else Anderson(memory=_MEMORY, max_steps=200)
         how: dict[str, Any] = {"event_dim": -self.dim, "scale": y}
         start = torch.where(y.isfinite(), y, 0)
         args = (y, *context)
