@@ -42,7 +42,7 @@ class _Top(NamedTuple):
     bound: Tensor  # (*B,), never below the true norm
     left: Tensor  # (*B, m)
     right: Tensor  # (*B, n)
-    index: Tensor | None = None  # (*B,), where one matrix of a stack was chosen
+    which: Tensor | None = None  # (*B,), where one matrix of a stack was chosen
 
 
 def spectral_norm(
@@ -189,7 +189,8 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
         symbols = torch.einsum("oip,fp->foi", k.detach().flatten(-2).to(phases.dtype), phases)
         small = min(symbols.shape[-2:]) <= _LARGEST_EXACT_STACK
         top = _largest(_decompose(symbols)) if small or _is_hidden(k) else _certify(symbols)
-        phase = phases.index_select(0, top.index.reshape(1)).squeeze(0)
+        assert top.which is not None
+        phase = phases.index_select(0, top.which.reshape(1)).squeeze(0)
     symbol = torch.einsum("oip,p->oi", k.flatten(-2).to(phase.dtype), phase)
     return _round_up(_attach(symbol, top.bound, top.left, top.right) * excess, _result_dtype(kernel))
 
@@ -255,7 +256,8 @@ def _certify(stack: Tensor) -> _Top:
 def _largest(stack: _Top) -> _Top:
     """Choose the matrix with the largest norm from each stack ``(*B, F)``."""
     index = stack.bound.argmax(-1)
-    return _Top(*(_pick(t, index) for t in stack[:4]), index)
+    value, bound, left, right = (_pick(t, index) for t in (stack.value, stack.bound, stack.left, stack.right))
+    return _Top(value, bound, left, right, index)
 
 
 def _krylov(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ class _Series:
         value = linearisation.value.detach()
         axes = tuple(range(-event_dim, 0))
         v = torch.empty_like(value).bernoulli_(0.5).mul_(2).sub_(1)
-        weights = self._weights(v[(..., *(0,) * event_dim)])
+        weights = self._weights(v.flatten(-event_dim)[..., 0])
         weights = weights.reshape(weights.shape + (1,) * event_dim)
         if not self.neumann_gradient:
             return self._sum(linearisation, v, weights, axes)[0]

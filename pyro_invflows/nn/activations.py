@@ -57,4 +57,5 @@ def value_and_slope(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if type(activation) is nn.Tanh:
         h = torch.tanh(x)
         return h, 1 - h * h
-    return torch.func.jvp(activation, (x,), (torch.ones_like(x),))
+    value, slope, *_ = torch.func.jvp(activation, (x,), (torch.ones_like(x),))
+    return value, slope

@@ -208,7 +208,7 @@ class ContractiveMLP(nn.Module):
         super().__init__()
         self.lipschitz = check_lipschitz(lipschitz, "ContractiveMLP")
         sizes = [input_dim, *hidden_dims, input_dim]
-        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
+        self.layers: Any = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
         self.activations = nn.ModuleList(activation() for _ in hidden_dims)
         check_activations(self.activations, "ContractiveMLP")
         self.context_dim = context_dim

@@ -84,7 +84,7 @@ class _Network(NamedTuple):
     """The contraction of a :class:`LowRankResidual`, its bound applied."""
 
     weights: list[Tensor]  # into the hidden dimensions, perhaps within them, out of them
-    biases: list[Tensor | None]
+    biases: Sequence[Tensor | None]
     norm: Tensor  # of the first matrix
 
 
@@ -521,7 +521,7 @@ class ContractiveResidual(Bijection):
 
             solution = settings(self._residual, start, *args, step=step, **how)
         else:
-            solution = settings(self._residual, start, *args, **how)  # type: ignore[operator]
+            solution = settings(self._residual, start, *args, **how)
         if self.solver is None:
             solution = _finished(solution, self._residual, start, args, self.lipschitz, **how)
         return finish(solution, "ContractiveResidual", settings, given=y)
