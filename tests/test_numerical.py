@@ -67,6 +67,33 @@ def test_gradcheck_to_data_and_parameters(layer):
     assert gradcheck(lambda v, *_: d.log_prob(v), (y, *parameters), fast_mode=True, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ONE_WAY)
+def test_right_or_refused_at_every_scale(name, dtype, scale):
+    inner = scatter(ONE_WAY[name]().to(dtype), 0.2)
+    if hasattr(inner, "powers"):
+        inner.c.data = inner.c.data.to(dtype)
+    with torch.no_grad():
+        for parameter in inner.parameters():
+            parameter.mul_(scale)
+    layer = pf.NumericalInverse(inner, cache_size=0)
+    y = layer(torch.randn(40, 3, dtype=dtype)).detach()
+    back = pf.NumericalInverse(inner, solver=Newton(on_failure="nan"), cache_size=0).inv(y)
+    solved = ~back.isnan().any(-1)
+    if solved.all():
+        assert torch.equal(layer.inv(y), back)
+    else:
+        said = rf"NumericalInverse\(\w+\): .* in {int((~solved).sum())} of 40 rows .* steps; worst residual .* [A-Z]"
+        with pytest.raises(ConvergenceError, match=said):
+            layer.inv(y)
+    if dtype == torch.float64:
+        assert solved.all()
+    # never a wrong x: a row that is returned meets the tolerance in y
+    tolerance = torch.finfo(dtype).eps ** 0.75 * (1 + y.abs().amax(-1))
+    assert ((layer(back) - y).abs().amax(-1) <= tolerance)[solved].all()
+
+
 def test_copies_after_use(layer):
     size = len(pickle.dumps(layer))
     d = dist.TransformedDistribution(base(), [layer])
@@ -111,6 +138,23 @@ def test_bad_rows_leave_the_others_alone():
     good = [0, 2, 3, 5]
     torch.testing.assert_close(layer.inv(y)[good], expected[good])
     assert layer.inv(y)[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["polynomial", "block_autoregressive_residual", "elementwise"])
+def test_bad_rows_leave_the_others_alone_in_every_structure(name):
+    inner = torch_transforms.SigmoidTransform() if name == "elementwise" else scatter(ONE_WAY[name]().double(), 0.2)
+    if hasattr(inner, "powers"):
+        inner.c.data = inner.c.data.double()
+    solver = (Bisection if name == "elementwise" else Newton)(on_failure="nan")
+    layer = pf.NumericalInverse(inner, solver=solver, cache_size=0)
+    y = layer(torch.randn(6, 3, dtype=torch.float64)).detach()
+    expected, alone = layer.inv(y), layer._solve(y)
+    bad = torch.cat([y[:1], torch.full((1, 3), torch.nan).double(), y[1:4], torch.full((1, 3), 1e12).double(), y[4:]])
+    good = [0, 2, 3, 4, 6, 7]
+    among = layer._solve(bad)
+    torch.testing.assert_close(layer.inv(bad)[good], expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(among.num_steps[good], alone.num_steps)
+    assert layer.inv(bad)[1].isnan().all()
 
 
 def test_triangular_falls_back_on_coordinates():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 
 import pytest
@@ -24,6 +26,8 @@ from pyro_invflows.solvers import (
     tanh_root,
     triangular_tanh_root,
 )
+
+tanh_module = sys.modules[solve_tanh.__module__]
 
 WHOLE = [FixedPoint(), Anderson(), Newton()]
 NAMES = [type(solver).__name__ for solver in WHOLE]
@@ -180,6 +184,20 @@ def test_bisection_never_returns_the_end_of_a_bracket():
         finish(solution, "Layer", Bisection(), given=y)
     jump = Bisection()(lambda x: torch.where(x > 0.3, x + 1, x - 1), torch.zeros(1, dtype=torch.float64))
     assert jump.status.item() == Status.MAX_STEPS  # a jump over zero is no root
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e300, 2.0])
+def test_a_bad_element_leaves_the_other_brackets_alone(bad):
+    y = 2 * torch.rand(20, dtype=torch.float64) - 1
+    f = lambda y: lambda x: torch.tanh(x) - y  # noqa: E731
+    alone = Bisection()(f(y), torch.zeros_like(y), scale=y)
+    more = torch.cat([y[:7], torch.tensor([bad], dtype=torch.float64), y[7:]])
+    solution = Bisection()(f(more), torch.zeros_like(more), scale=more)
+    good = [i for i in range(21) if i != 7]
+    assert torch.equal(solution.value[good], alone.value)
+    assert torch.equal(solution.num_steps[good], alone.num_steps)
+    assert solution.converged[good].all()
+    assert not solution.converged[7]
 
 
 @pytest.mark.parametrize(
@@ -353,6 +371,68 @@ def test_a_bad_row_of_a_triangular_system():
     assert torch.equal(solution.num_steps[good], alone.num_steps[good])
     assert solution.converged[[*good, 7]].all()
     assert not solution.converged[3]
+
+
+def test_hard_rows_of_a_triangular_system_take_the_others_no_further():
+    c, strict, d, _ = triangular_system(8, 40, 2.0, torch.float64)
+    alone = [solve_triangular_tanh(row, strict, d) for row in c[:, None]]
+    together = solve_triangular_tanh(c, strict, d)
+    steps = torch.cat([s.num_steps for s in alone])
+    assert steps.max() >= steps.min() + 6  # some rows are much harder than others
+    # gathered products round differently, which may move a row by one round of three steps
+    assert (together.num_steps - steps).abs().max() <= 3
+    assert (together.num_steps == steps).double().mean() >= 0.9
+    product = strict + torch.diag(d - 1)
+    residual = together.value + torch.tanh(together.value) @ product.mT - c
+    assert residual.abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("gap", [1e-3, 1e-7, 1e-10])
+def test_the_last_step_does_not_leave_the_root_where_the_slope_nearly_vanishes(gap, dtype):
+    d = torch.tensor([gap, 1.3, 2.7, 4.0], dtype=torch.float64)
+    strict = 0.3 * torch.randn(4, 4, dtype=torch.float64).triu(1)
+    s = torch.randn(5000, 4, dtype=torch.float64) * torch.logspace(-8, 0, 5000, dtype=torch.float64)[:, None]
+    product = strict + torch.diag(d - 1)
+    c = (s + torch.tanh(s) @ product.mT).to(dtype)
+    solution = solve_triangular_tanh(c, strict.to(dtype), d.to(dtype))
+    assert solution.converged.all()
+    product = product.to(dtype)
+    residual = solution.value + torch.tanh(solution.value) @ product.mT - c
+    assert (residual.abs() <= 10 * torch.finfo(dtype).eps * (1 + c.abs() + product.abs().sum(-1))).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200, 1e-300])
+def test_a_bad_element_leaves_the_other_scalar_roots_alone(bad):
+    c, d = torch.randn(30, dtype=torch.float64), 3 * torch.rand(30, dtype=torch.float64) + 0.01
+    alone = solve_tanh(c, d)
+    c, d = (
+        torch.cat([c, torch.tensor([bad], dtype=torch.float64)]),
+        torch.cat([d, torch.tensor([1e-8], dtype=torch.float64)]),
+    )
+    solution = solve_tanh(c, d)
+    torch.testing.assert_close(solution.value[:30], alone.value, rtol=1e-14, atol=1e-14)
+    assert torch.equal(solution.num_steps[:30], alone.num_steps)
+    assert solution.num_steps[30] <= 24
+    assert solution.status[30] == (Status.CONVERGED if math.isfinite(bad) else Status.NONFINITE)
+    assert solution.converged[:30].all()
+
+
+def test_hard_scalar_roots_go_on_alone(monkeypatch):
+    sizes = []
+    plain = tanh_module._scalar_steps
+
+    def counted(s, *args):
+        sizes.append(s.numel())
+        return plain(s, *args)
+
+    monkeypatch.setattr(tanh_module, "_scalar_steps", counted)
+    c, d = torch.randn(100, dtype=torch.float64), torch.full((100,), 2.0, dtype=torch.float64)
+    c[3], d[3] = 12168.926429673438, 12553.019604896032
+    assert solve_tanh(c, d).converged.all()
+    assert sizes[0] == 100
+    assert len(sizes) > 1
+    assert set(sizes[1:]) == {1}
 
 
 @pytest.mark.parametrize("batch", [(), (3,)], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -17,7 +18,18 @@ from pyro_invflows import call_and_ladj, inv_and_ladj
 from pyro_invflows.errors import ConvergenceError
 from pyro_invflows.nn import masked_network
 from pyro_invflows.solvers import Newton, Settings, solve_triangular_tanh
-from pyro_invflows.testing import jacobian_log_det
+from pyro_invflows.testing import (
+    check_batch,
+    check_bijection,
+    check_copies,
+    check_fresh_data,
+    check_log_det,
+    check_round_trip,
+    check_shapes,
+    jacobian_log_det,
+)
+
+sylvester_module = sys.modules[pf.Sylvester.__module__]  # the factory of that name hides it
 
 MAKERS = {
     "planar": pf.planar,
@@ -50,6 +62,16 @@ def spread(layer, off=0.5, seed=0):
     return layer
 
 
+def reachable(layer, y):
+    """Residual in y, row by row, that the rounding of an exact x to the dtype already makes: x is ill-conditioned."""
+    out, into, *_ = layer._matrices()
+    out, into = (torch.linalg.matrix_norm(matrix, 2).unsqueeze(-1) for matrix in (out, into))
+    rounding = torch.finfo(y.dtype).eps * (
+        1 + y.norm(dim=-1, keepdim=True) + out * out.new_tensor(layer.hidden_dim).sqrt()
+    )
+    return 4 * rounding * (1 + out * into)
+
+
 @pytest.mark.parametrize("scale", [1.0, 5.0, 20.0])
 @pytest.mark.parametrize("dim", [1, 2, 5, 16])
 @pytest.mark.parametrize("make", ALL)
@@ -67,6 +89,32 @@ def test_inverse_and_log_det_at_every_scale(make, dim, scale):
         expected = jacobian_log_det(layer._call, x[:3], 1)
         conditioning = 1e-9 if scale == 1 or not isinstance(layer, pf.GeneralizedSylvester) else 1e-2
         torch.testing.assert_close(ladj[:3], expected, rtol=conditioning, atol=conditioning)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("dim", [2, 5])
+@pytest.mark.parametrize("make", ALL)
+def test_conformance_at_every_scale(make, dim, scale):
+    layer, x = scaled(make(dim), scale), torch.randn(4, dim, dtype=torch.float64)
+    if scale == 20 and dim == 5 and isinstance(layer, pf.Sylvester):
+        # Steps of 1e-6 are not small here, so that finite differences say little; the next test needs none.
+        for check in (check_shapes, check_round_trip, check_log_det, check_copies, check_fresh_data, check_batch):
+            check(layer, x)
+    else:
+        check_bijection(layer, x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("make", ALL)
+def test_the_jacobian_of_the_inverse_is_the_inverse_jacobian(make, scale):
+    layer = scaled(make(4), scale)
+    for x in torch.randn(5, 4, dtype=torch.float64):
+        y = layer(x).detach()
+        back = layer.inv(y).detach()
+        forward = torch.autograd.functional.jacobian(layer, back)
+        inverse = torch.autograd.functional.jacobian(layer.inv, y)
+        rounding = 1e-12 * forward.norm() * inverse.norm()
+        torch.testing.assert_close(forward @ inverse, torch.eye(4, dtype=torch.float64), rtol=0, atol=rounding.item())
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0, 20.0])
@@ -100,6 +148,20 @@ def test_sylvester_every_row_converges_in_y(dim, hidden, off):
     torch.testing.assert_close(layer(layer.inv(y)), y, rtol=1e-10, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("off", [2.0, 20 * 0.5])
+def test_sylvester_at_the_stated_sizes_converges_in_y(off, dtype):
+    layer = spread(pf.Sylvester(64, 16, cache_size=0).to(dtype), off)
+    if off == 10:
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(20)
+    y = layer(torch.randn(1024, 64, dtype=dtype)).detach()
+    back, ladj = inv_and_ladj(layer, y)  # no row raises
+    assert ((layer(back) - y).abs() <= reachable(layer, y)).all()
+    assert ladj.isfinite().all()
+
+
 def test_sylvester_newton_counts():
     layer = spread(pf.Sylvester(64, 16).double())
     y = layer(torch.randn(1024, 64, dtype=torch.float64)).detach()
@@ -125,6 +187,19 @@ def test_sylvester_amortised_by_row(hidden):
         alone = conditional.condition(context[i])
         torch.testing.assert_close(y[:, i], alone(x[:, i]))
         torch.testing.assert_close(back[:, i], alone.inv(y[:, i].detach()), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [5.0, 20.0])
+@pytest.mark.parametrize("hidden", [1, 3, 6])
+def test_sylvester_amortised_by_row_at_every_scale(hidden, scale):
+    conditional = pf.conditional_sylvester(6, 2, [8], hidden_dim=hidden).double()
+    scatter(conditional, scale)
+    layer = conditional.condition(torch.randn(20, 2, dtype=torch.float64)).with_cache(0)
+    assert layer.weight.shape == (20, hidden, hidden)
+    y = layer(torch.randn(3, 20, 6, dtype=torch.float64)).detach()
+    back, inverse = inv_and_ladj(layer, y)
+    assert ((layer(back) - y).abs() <= reachable(layer, y)).all()
+    assert inverse.isfinite().all()
 
 
 def test_set_triangles():
@@ -171,6 +246,27 @@ def test_bad_rows_leave_the_others_alone(make):
     assert actual[5].isfinite().all()
 
 
+def test_bad_rows_cost_the_others_no_sweeps(monkeypatch):
+    layer = scaled(pf.generalized_sylvester(8, [16]), 0.5)
+    solutions = []
+    finish = sylvester_module.finish
+
+    def recorded(solution, *args, **kwargs):
+        solutions.append(solution)
+        return finish(solution, *args, **kwargs)
+
+    monkeypatch.setattr(sylvester_module, "finish", recorded)
+    y = torch.randn(12, 8, dtype=torch.float64)
+    bad = torch.cat([y[:4], torch.full((1, 8), torch.nan).double(), y[4:9], torch.full((1, 8), 1e8).double(), y[9:]])
+    good = [i for i in range(14) if i not in (4, 10)]
+    layer.inv(y)
+    layer.inv(bad)
+    alone, among = solutions
+    assert alone.num_steps.max() > alone.num_steps.min()  # rows go their own ways
+    assert (among.num_steps[good] - alone.num_steps).abs().max() <= 1  # gathered products round differently
+    assert among.num_steps[4] == 0
+
+
 @pytest.mark.parametrize("make", ALL)
 def test_gradients_to_data_and_parameters(make):
     layer = scaled(make(3), 1.0)
@@ -193,7 +289,10 @@ def test_generalized_second_order_is_right_or_refused():
     (grad,) = torch.autograd.grad(refused.inv(y).sum(), y, create_graph=True)
     with pytest.raises(NotImplementedError, match="first derivatives only"):
         torch.autograd.grad(grad.sum(), y)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        gradcheck(refused.inv, (y,), check_forward_ad=True)
     right = scaled(pf.generalized_sylvester(3, [4], order=2), 1.0)
+    assert gradcheck(right.inv, (y,), check_forward_ad=True)
     assert gradgradcheck(lambda v, *_: inv_and_ladj(right, v), (y, *right.parameters()))
 
 

@@ -1,47 +1,90 @@
 """When an inverse fails: provoke it, read the error, and walk up the ladder of remedies.
 
 A Sylvester layer can be inverted at every parameter. Most public code does it by a fixed point in x, which converges
-only where the layer is nearly the identity. Here that fixed point is run on purpose on a layer where it cannot work, as
-``NumericalInverse(..., solver=FixedPoint())``; the error names the layer, the steps, the worst residual, the fraction
-of the batch and a remedy. Then one rung after the other:
+only where the layer is nearly the identity, and returns whatever it has when the steps are used up. Here that fixed
+point is run on purpose on a layer where it cannot work, as ``NumericalInverse(layer, solver=FixedPoint())``. Instead of
+a wrong x there is an error, which names the layer, the steps, the worst residual, the fraction of the batch and a
+remedy. Then one rung after the other (the same as in ``docs/solvers.md``):
 
-1. look at which rows failed (``error.solution``), and decide what happens to them (``on_failure``),
-2. damp the fixed point,
-3. accelerate it (``Anderson``),
+1. look at which rows failed and by how much (``error.solution``),
+2. allow more steps: right where the residual still falls, of no use where it does not,
+3. damp the fixed point, then accelerate it (``Anderson``),
 4. use the Jacobian (``Newton``),
-5. use the structure (the ``Sylvester`` layer itself), and more digits (float64).
+5. use the structure: the layer's own inverse,
+6. decide what the rows mean that failed (``on_failure``).
 
-``python tutorials/when_an_inverse_fails.py --output DIR`` draws ``when_an_inverse_fails.png``; ``--short`` takes a
-smaller batch.
+The last part shows what no solver mends: where a layer is nearly flat, y says little about x, and what counts then is
+that the inverse meets y, and the number of digits.
+
+Run it with::
+
+    python tutorials/when_an_inverse_fails.py            # under a minute
+    python tutorials/when_an_inverse_fails.py --short    # a small batch, a few seconds
+
+The picture goes to ``tutorials/output/when_an_inverse_fails`` unless ``--output`` says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+# Threads that spin while they wait cost more than they bring where other programs share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
 
 matplotlib.use("Agg")  # draw to files; needs no screen
 
 import matplotlib.pyplot as plt
+import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions.transforms import TanhTransform
 
 from pyro_invflows import ConvergenceError, ConvergenceWarning, NumericalInverse, Sylvester
-from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings
+from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, Status
+
+DIM, HIDDEN = 6, 4
+LADDER: dict[str, Settings] = {
+    "fixed point": FixedPoint(max_steps=100),
+    "damped fixed point": FixedPoint(max_steps=100, damping=0.3),
+    "Anderson": Anderson(max_steps=100),
+    "Newton": Newton(max_steps=100),
+}
+COLOURS = dict(zip(LADDER, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
 
 
-def make_layer(dim: int, hidden: int, strength: float) -> Sylvester:
-    """Build a legal Sylvester layer whose T_ii reach from -0.9 to ``strength``: the fixed point needs |T| < 1."""
-    layer = Sylvester(dim, hidden).double()
-    t = torch.linspace(-0.9, strength, hidden, dtype=torch.float64)
-    upper = [(0.3 * torch.randn(hidden, hidden, dtype=torch.float64)).triu(1) for _ in range(2)]
-    layer.set_triangles(upper[0] + torch.diag(t), upper[1] + torch.eye(hidden, dtype=torch.float64))
+def make_layer(low: float = -0.9, high: float = 3.0, seed: int = 0) -> Sylvester:
+    """Build a legal Sylvester layer with T_ii from ``low`` to ``high``; the fixed point needs about |T| < 1.
+
+    Without a memo: a layer that has just made x from y would otherwise answer ``layer(x)`` with that very y, and every
+    residual below would be zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer = Sylvester(DIM, HIDDEN, cache_size=0).double()
+    upper = [0.3 * torch.randn(HIDDEN, HIDDEN, dtype=torch.float64, generator=generator).triu(1) for _ in range(2)]
+    t = torch.linspace(low, high, HIDDEN, dtype=torch.float64)
+    layer.set_triangles(upper[0] + torch.diag(t), upper[1] + torch.eye(HIDDEN, dtype=torch.float64))
     return layer
+
+
+def invert(layer: Sylvester, y: Tensor, solver: Settings, on_failure: str) -> Tensor:
+    """Invert by a solver that knows nothing about the layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # asked for, and counted here
+        return NumericalInverse(layer, solver=replace(solver, on_failure=on_failure), cache_size=0).inv(y)
+
+
+def residual(layer: Sylvester, x: Tensor, y: Tensor) -> Tensor:
+    """Return ``|f(x) - y|`` row by row, the thing that decides."""
+    return (layer(x) - y).abs().amax(-1)
 
 
 @dataclass
@@ -50,97 +93,164 @@ class Rung:
 
     name: str
     solved: float
-    seconds: float
-    residuals: list[float]
+    milliseconds: float
+    worst: float
+
+    def __str__(self) -> str:
+        return (
+            f"    {self.name:>20}: {self.solved:6.1%} of the rows, {self.milliseconds:8.1f} ms, worst residual of all "
+            f"{self.worst:.0e}"
+        )
 
 
-def climb(layer: Sylvester, y: Tensor, name: str, solver: Settings, steps: list[int]) -> Rung:
-    """Return the fraction of rows solved, and the median residual in y over the number of steps."""
-    residuals = []
-    for bound in steps:
-        settings = type(solver)(**{**solver.__dict__, "max_steps": bound, "on_failure": "warn"})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # asked for, and counted below
-            x = NumericalInverse(layer, solver=settings).inv(y)
-        residuals.append((layer(x) - y).abs().amax(-1).median().item())
+def climb(layer: Sylvester, y: Tensor, name: str, solver: Settings | None) -> Rung:
+    """Invert by a solver, or by the layer itself."""
+    last = layer.inv(y) if solver is None else invert(layer, y, solver, "warn")
     start = time.perf_counter()
-    final = type(solver)(**{**solver.__dict__, "on_failure": "nan"})
-    x = NumericalInverse(layer, solver=final).inv(y)
+    x = layer.inv(y) if solver is None else invert(layer, y, solver, "nan")
     seconds = time.perf_counter() - start
-    return Rung(name, (~x.isnan().any(-1)).double().mean().item(), seconds, residuals)
+    solved = (~x.isnan().any(-1)).double().mean().item()
+    return Rung(name, solved, 1e3 * seconds, residual(layer, last, y).max().item())
 
 
 @torch.no_grad()
+def ladder(layer: Sylvester, x: Tensor) -> None:
+    """Provoke a failure and mend it, in print."""
+    y = layer(x)
+    print("A legal layer, data that it made itself, and the fixed point that most code uses:\n")
+    try:
+        NumericalInverse(layer, solver=LADDER["fixed point"]).inv(y)
+    except ConvergenceError as error:
+        print(f"ConvergenceError: {error}\n")
+        solution = error.solution
+    else:
+        raise RuntimeError("the fixed point should have failed here")
+
+    base = dist.Normal(torch.zeros(DIM, dtype=torch.float64), 1.0).to_event(1)
+    wrong = invert(layer, y, LADDER["fixed point"], "warn")
+    gap = (base.log_prob(wrong) - layer.log_abs_det_jacobian(wrong, y)) - (
+        base.log_prob(x) - layer.log_abs_det_jacobian(x, y)
+    )
+    print("Had its last iterate been returned, the log-density of a point would have been wrong by")
+    print(f"{gap.abs().median():.1f} nats in the median, {gap.abs().max():.1f} at worst, without a word.\n")
+
+    print("Rung 1, look. error.solution has a status, the steps and the residual of every row:")
+    for status in Status:
+        rows = solution.status == status
+        if rows.any():
+            largest = solution.residual[rows].max()
+            print(f"    {status.name:>10}: {int(rows.sum())} rows, largest residual {largest:.1e}")
+
+    print("Rung 2, more steps: the median residual after")
+    for steps in (10, 100, 1000):
+        last = invert(layer, y, FixedPoint(max_steps=steps), "warn")
+        print(f"    {steps:>10} steps: {residual(layer, last, y).median():.1e}")
+    print("    It does not fall: the iteration does not converge slowly here, it does not converge.")
+
+    print("Rung 3, damping and acceleration:")
+    print(climb(layer, y, "fixed point", LADDER["fixed point"]))
+    print(climb(layer, y, "damped fixed point", LADDER["damped fixed point"]))
+    print(climb(layer, y, "Anderson", LADDER["Anderson"]))
+    print("    Damping reaches further and is slow; Anderson needs no setting, and no derivative.")
+    print("Rung 4, the Jacobian:")
+    print(climb(layer, y, "Newton", LADDER["Newton"]))
+    print("Rung 5, the structure. The layer knows that only a triangular system of 4 equations is to be solved:")
+    print(climb(layer, y, "the layer itself", None))
+
+    print("Rung 6, rows that no solver can mend. A y that nothing maps to:")
+    try:
+        NumericalInverse(TanhTransform()).inv(torch.tensor([0.5, 2.0], dtype=torch.float64))
+    except ConvergenceError as error:
+        print(f"    ConvergenceError: {error}")
+    print("or a NaN:")
+    spoilt = y.clone()
+    spoilt[1] = torch.nan
+    kept = invert(layer, spoilt, LADDER["Newton"], "nan").isnan().any(-1)
+    print(f"    on_failure='nan' marks {int(kept.sum())} row and returns the other {int((~kept).sum())};")
+    print("    'warn' returns the last iterates with a ConvergenceWarning; 'raise', the default, stops.\n")
+
+
+@torch.no_grad()
+def flatness(dtype: torch.dtype, gaps: list[float], rows: int) -> tuple[list[float], list[float]]:
+    """Return the worst residual in y and the worst error in x, for layers whose least slope, at 0, is each gap."""
+    in_y, in_x = [], []
+    x = torch.randn(rows, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = x * torch.logspace(-8, 0, rows, dtype=torch.float64).unsqueeze(-1)  # points at every distance from 0
+    for gap in gaps:
+        layer = make_layer(low=-1 + gap).to(dtype)
+        y = layer(x.to(dtype))
+        back = layer.inv(y)
+        in_y.append(max(residual(layer, back, y).max().item(), torch.finfo(dtype).tiny))
+        in_x.append((back - x.to(dtype)).abs().max().item())
+    return in_y, in_x
+
+
+@torch.no_grad()
+def picture(layer: Sylvester, x: Tensor, path: Path) -> None:
+    """Draw how fast each solver is, where it stops, and what is left where the layer is nearly flat."""
+    y = layer(x)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+
+    steps = [1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 35, 60, 100]
+    for name, solver in LADDER.items():
+        bounded = [replace(solver, max_steps=bound) for bound in steps]
+        medians = [residual(layer, invert(layer, y, s, "warn"), y).median().item() for s in bounded]
+        axes[0].loglog(steps, medians, marker="o", markersize=3, color=COLOURS[name])
+    own = residual(layer, layer.inv(y), y).median().item()
+    axes[0].axhline(own, color="black", linestyle="--", linewidth=1)
+    axes[0].set_xlabel("steps allowed")
+    axes[0].set_ylabel("median residual in y")
+    axes[0].set_title("One layer: how fast each of them is")
+
+    strengths = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0]
+    layers = [make_layer(-0.9 * min(1.0, strength), strength, seed=1) for strength in strengths]
+    for name, solver in LADDER.items():
+        solved = [climb(other, other(x), name, solver).solved for other in layers]
+        axes[1].semilogx(strengths, solved, marker="o", markersize=3, color=COLOURS[name], label=name)
+    solved = [climb(other, other(x), "", None).solved for other in layers]
+    axes[1].semilogx(strengths, solved, color="black", linestyle="--", linewidth=1, label="the layer itself")
+    axes[1].set_xlabel(r"largest $T_{ii}$: how far the layer is from the identity")
+    axes[1].set_ylabel("rows solved in 100 steps")
+    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes[1].set_title("Many layers: where each of them stops")
+
+    gaps = [10.0**-k for k in range(13)]
+    for dtype, colour in ((torch.float32, "tab:purple"), (torch.float64, "tab:cyan")):
+        in_y, in_x = flatness(dtype, gaps, len(x))
+        name = str(dtype).removeprefix("torch.")
+        axes[2].loglog(gaps, in_x, marker="o", markersize=3, color=colour, label=f"x, {name}")
+        axes[2].loglog(gaps, in_y, linestyle=":", color=colour, label=f"y, {name}")
+    axes[2].invert_xaxis()
+    axes[2].set_xlabel(r"least slope of the layer, $1 + \min T_{ii}$")
+    axes[2].set_ylabel("worst error")
+    axes[2].set_title("Nearly flat: y is met, x is not known")
+    axes[2].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("tutorials/output/when_an_inverse_fails"))
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--short", action="store_true", help="a small batch")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 
-    layer = make_layer(dim=6, hidden=4, strength=3.0)
-    x = torch.randn(32 if arguments.short else 256, 6, dtype=torch.float64)
-    y = layer(x)
+    layer = make_layer()
+    x = torch.randn(32 if arguments.short else 256, DIM, dtype=torch.float64)
+    ladder(layer, x)
 
-    print("The fixed point, on data:\n")
-    try:
-        NumericalInverse(layer, solver=FixedPoint(max_steps=100)).inv(y.clone())
-    except ConvergenceError as error:
-        print(f"ConvergenceError: {error}\n")
-        failed = ~error.solution.converged
-        print(f"Rung 1. error.solution says which rows failed: {int(failed.sum())} of {len(y)}.")
-    careful = NumericalInverse(layer, solver=FixedPoint(max_steps=100, on_failure="nan")).inv(y.clone())
-    print(f"        on_failure='nan' keeps the others: {int((~careful.isnan().any(-1)).sum())} rows are right.\n")
+    gaps = [1e-1, 1e-6, 1e-12]
+    print("What no solver mends. The least slope of a layer, and the worst error of its own inverse in y and in x:")
+    for dtype in (torch.float32, torch.float64):
+        for gap, in_y, in_x in zip(gaps, *flatness(dtype, gaps, len(x)), strict=True):
+            print(f"    {str(dtype).removeprefix('torch.'):>10}, slope {gap:.0e}: y {in_y:.0e}, x {in_x:.0e}")
+    print("    y is met to rounding always; x only as well as y determines it. More digits are all that helps.")
 
-    steps = [1, 2, 3, 5, 8, 12, 20, 35, 60, 100]
-    ladder = [
-        ("fixed point", FixedPoint(max_steps=100)),
-        ("damped fixed point", FixedPoint(max_steps=100, damping=0.3)),
-        ("Anderson", Anderson(max_steps=100)),
-        ("Newton", Newton(max_steps=100, polish=0)),
-    ]
-    rungs = [climb(layer, y, name, solver, steps) for name, solver in ladder]
-    for number, rung in enumerate(rungs):
-        print(f"{rung.name:>20}: {rung.solved:7.1%} of the rows solved, {1e3 * rung.seconds:7.1f} ms")
-        if number == 1:
-            print("                      (damping trades speed for a wider range; it is no cure)")
-    start = time.perf_counter()
-    back = layer.inv(y.clone())
-    seconds = time.perf_counter() - start
-    print(f"{'the layer itself':>20}: {1.0:7.1%} of the rows solved, {1e3 * seconds:7.1f} ms")
-    print(f"\nThe layer's own inverse: worst error in x {(back - x).abs().max():.1e} in float64,")
-    single = layer.float()
-    error32 = (single.inv(single(x.float()).clone()) - x.float()).abs().max()
-    print(f"{error32:.1e} in float32: what is left of the ill-conditioning is a matter of digits.")
-    layer.double()
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-    for rung in rungs:
-        axes[0].semilogy(steps, [max(r, 1e-17) for r in rung.residuals], marker="o", markersize=3, label=rung.name)
-    own = (layer(layer.inv(y)) - y).abs().amax(-1).median().item()
-    axes[0].axhline(max(own, 1e-17), color="black", linestyle="--", linewidth=1, label="the layer's own inverse")
-    axes[0].set_xlabel("steps allowed")
-    axes[0].set_ylabel("median residual in y")
-    axes[0].set_xscale("log")
-    axes[0].set_title("One layer, four solvers")
-    strengths = [0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0]
-    for name, solver in ladder:
-        share = []
-        for strength in strengths:
-            torch.manual_seed(1)
-            other = make_layer(6, 4, strength)
-            share.append(climb(other, other(x), name, solver, []).solved)
-        axes[1].plot(strengths, share, marker="o", markersize=3, label=name)
-    axes[1].axhline(1.0, color="black", linestyle="--", linewidth=1, label="the layer's own inverse")
-    axes[1].set_xscale("log")
-    axes[1].set_xlabel(r"largest $T_{ii}$")
-    axes[1].set_ylabel("fraction of rows solved")
-    axes[1].set_ylim(-0.03, 1.06)
-    axes[1].set_title("Where each of them stops")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     path = arguments.output / "when_an_inverse_fails.png"
-    figure.savefig(path, dpi=110)
+    picture(layer, x, path)
     print(f"\nPicture: {path}")
 
 

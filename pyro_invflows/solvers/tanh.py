@@ -22,12 +22,16 @@ from pyro_invflows.solvers.solution import Solution, Status, finish, is_blind
 
 __all__ = ["solve_tanh", "solve_triangular_tanh", "tanh_root", "tanh_slope", "triangular_tanh_root"]
 
-#: Scalar Newton steps between two looks at the residual, and in all. 6 suffice as a rule; |d| near 1e8 takes 20.
-_SCALAR_STEPS = 4
+#: Scalar Newton steps before the first look at the residual, between later looks, and in all. 6 suffice as a rule;
+#: |d| near 1e8 takes 20.
+_SCALAR_STEPS = 6
+_MORE_SCALAR_STEPS = 2
 _MAX_SCALAR_STEPS = 40
 #: Diagonal Newton steps between two looks, and in all.
 _CHEAP_STEPS = 3
 _MAX_CHEAP_STEPS = 15
+#: The last rows go on alone once they are at most this fraction.
+_GATHER_BELOW = 0.25
 
 
 def tanh_slope(h: Tensor, d: Tensor) -> Tensor:
@@ -57,37 +61,54 @@ def _status(met: Tensor, finite: Tensor) -> Tensor:
 def solve_tanh(c: Tensor, d: Tensor, settings: Newton | None = None) -> Solution:
     """Solve ``s + (d - 1) tanh(s) = c`` element by element; no gradient.
 
+    Every element takes six steps, which suffice as a rule; those that need more go on without the others.
+
     Args:
         c: Any shape.
         d: Positive, broadcasts with c.
         settings: Tolerances; ``max_steps`` bounds the steps where it is below 40.
     """
-    settings = Newton() if settings is None else settings
-    s, r, size, taken, _ = _scalar_newton(c, d, settings)
-    atol, rtol = settings.tolerances(s.dtype)
-    status = _status(r <= atol + rtol * size, r.isfinite())
-    return Solution(s, status, torch.full_like(status, taken, dtype=torch.int32), r)
+    return _scalar_newton(c, d, Newton() if settings is None else settings)[0]
 
 
-def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Tensor, Tensor, Tensor, int, bool]:
-    """Return s, the size of its residual, that of the residual's terms, the steps, and whether all is at rounding."""
+def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bool]:
+    """Return the solution, and whether every element is at rounding (then its status needs no look)."""
     t = d - 1
     s = _start(c, d)
-    bound = min(settings.max_steps, _MAX_SCALAR_STEPS)
     size = t.abs() + 1 + c.abs()
     goal = size * (4 * torch.finfo(s.dtype).eps)
-    taken, blind = 0, is_blind(c)
-    while True:
+    bound = min(settings.max_steps, _MAX_SCALAR_STEPS)
+    blind = is_blind(c)
+    taken = bound if blind else min(_SCALAR_STEPS, bound)
+    s, r = _scalar_steps(s, c, d, t, taken)
+    steps = torch.full_like(s, taken, dtype=torch.int32)
+    todo = ~(r <= goal)
+    if not blind and not todo.any():
+        return Solution(s, torch.zeros_like(steps, dtype=torch.int8), steps, r), True
+    if not blind and taken < bound:
+        # the few that are left, alone
+        rows = (todo & r.isfinite()).reshape(-1).nonzero().squeeze(-1)
+        flat, error, count = (a.reshape(-1) for a in (s, r, steps))
+        parts = [a.expand(s.shape).reshape(-1)[rows] for a in (c, d, t, goal)]
+        while taken < bound and rows.numel():
+            more = min(_MORE_SCALAR_STEPS, bound - taken)
+            taken += more
+            some, rest = _scalar_steps(flat[rows], parts[0], parts[1], parts[2], more)
+            flat[rows], error[rows], count[rows] = some, rest, taken
+            left = rest > parts[3]
+            rows, parts = rows[left], [a[left] for a in parts]
+        s, r, steps = (a.reshape(s.shape) for a in (flat, error, count))
+    atol, rtol = settings.tolerances(s.dtype)
+    return Solution(s, _status(r <= atol + rtol * size, r.isfinite()), steps, r), False
+
+
+def _scalar_steps(s: Tensor, c: Tensor, d: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Take Newton steps; return the point and the size of its residual."""
+    for _ in range(count):
         h = torch.tanh(s)
-        r = torch.addcmul(s - c, t, h)
-        if taken == bound or (taken >= _SCALAR_STEPS and taken % 2 == 0 and not blind):
-            error = r.abs()
-            done = not blind and bool((error <= goal).all())
-            if done or taken == bound:
-                return s, error, size, taken, done
         # a cheaper form of the slope: only the step depends on its rounding
-        s = torch.addcdiv(s, r, torch.addcmul(d, h * h, t, value=-1), value=-1)
-        taken += 1
+        s = torch.addcdiv(s, torch.addcmul(s - c, t, h), torch.addcmul(d, h * h, t, value=-1), value=-1)
+    return s, torch.addcmul(s - c, t, torch.tanh(s)).abs()
 
 
 def _newton_matrix(h: Tensor, strict: Tensor, d: Tensor) -> Tensor:
@@ -128,23 +149,58 @@ def solve_triangular_tanh(
         steps = torch.zeros(s.shape[:-1], dtype=torch.int32, device=s.device)
         return system.solution(s, system.residual(s), steps, settings)
     goal = 8 * torch.finfo(c.dtype).eps
-    small = goal * system.size
-    finite = system.c.isfinite().all(-1)
-    s = _start(system.c, d)
-    taken = 0
-    todo = finite
-    while taken < cheap_steps and todo.any():
-        for _ in range(min(_CHEAP_STEPS, cheap_steps - taken)):
-            s, r = system.diagonal_step(s)
-            taken += 1
-        todo = ~(r.abs() <= small).all(-1) & finite  # of the point before the last step, which takes it to rounding
-    r = system.residual(s)
-    steps = torch.full(s.shape[:-1], taken, dtype=torch.int32, device=s.device)
+    todo = system.c.isfinite().all(-1)
+    s, r, steps, todo = _diagonal_steps(system, _start(system.c, d), todo, cheap_steps, goal, share=_GATHER_BELOW)
     if todo.any():
+        # the last rows go on alone, as they would have done among the others
+        some, taken = system.rows(todo), steps[todo]
+        left = torch.ones_like(taken, dtype=torch.bool)
+        rest, r_rest, more, left = _diagonal_steps(some, s[todo], left, cheap_steps - int(taken.amax()), goal)
+        taken = taken + more
+        if left.any():
+            rest, r_rest = rest.clone(), r_rest.clone()
+            rest[left], r_rest[left], more = _finish_rows(some.rows(left), rest[left], settings, goal)
+            taken[left] += more
         s, r = s.clone(), r.clone()
-        s[todo], r[todo], further = _finish_rows(system.rows(todo), s[todo], settings, goal)
-        steps[todo] += further
+        s[todo], r[todo], steps[todo] = rest, r_rest, taken
     return system.solution(s, r, steps, settings)
+
+
+def _diagonal_steps(
+    system: _System, s: Tensor, todo: Tensor, bound: int, goal: float, share: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take diagonal Newton steps until no more than a share of the rows has work left.
+
+    Returns:
+        The points, their residuals, the steps of each row, and whether it has work left. A row stops where it would
+        stop alone.
+    """
+    small = goal * system.size
+    h, r = system.look(s)
+    steps = torch.zeros_like(todo, dtype=torch.int32)
+    count, left, taken = todo.numel(), int(todo.sum()), 0
+    while taken < bound and left > (share * count if taken else 0):
+        new, new_h, new_r = s, h, r
+        more = min(_CHEAP_STEPS, bound - taken)
+        for _ in range(more):
+            old, old_r = new, new_r
+            new = system.diagonal_step(new, new_h, new_r)
+            new_h, new_r = system.look(new)
+        # the point before the last step decides: that step takes it to rounding
+        done = todo & (old_r.abs() <= small).all(-1)
+        now_left = left - int(done.sum())
+        if now_left < left:
+            # or away from it, where the slope nearly vanishes
+            worse = (done & (new_r.abs().amax(-1) > old_r.abs().amax(-1))).unsqueeze(-1)
+            new, new_r = torch.where(worse, old, new), torch.where(worse, old_r, new_r)
+        if left < count:
+            moved = todo.unsqueeze(-1)
+            new, new_h, new_r = torch.where(moved, new, s), torch.where(moved, new_h, h), torch.where(moved, new_r, r)
+        s, h, r = new, new_h, new_r
+        steps = steps + more * todo.to(steps.dtype)
+        taken += more
+        todo, left = todo & ~done, now_left
+    return s, r, steps, todo
 
 
 class _System:
@@ -166,19 +222,18 @@ class _System:
             strict, d = strict.expand(*mask.shape, m, m)[mask], d.expand(*mask.shape, m)[mask]
         return _System(self.c[mask], strict, d)
 
-    def residual(self, s: Tensor) -> Tensor:
-        return self._residual(s, torch.tanh(s))
-
-    def _residual(self, s: Tensor, h: Tensor) -> Tensor:
-        if s.dim() == 2 and self.transposed.dim() == 2:
-            return torch.addmm(s - self.c, h, self.transposed)
-        return s - self.c + rows_times(h, self.transposed)
-
-    def diagonal_step(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the point after a step, and the residual before it."""
+    def look(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tanh(s) and the residual."""
         h = torch.tanh(s)
-        r = self._residual(s, h)
-        return torch.addcdiv(s, r, torch.addcmul(self.d, h * h, self.d - 1, value=-1), value=-1), r
+        if s.dim() == 2 and self.transposed.dim() == 2:
+            return h, torch.addmm(s - self.c, h, self.transposed)
+        return h, s - self.c + rows_times(h, self.transposed)
+
+    def residual(self, s: Tensor) -> Tensor:
+        return self.look(s)[1]
+
+    def diagonal_step(self, s: Tensor, h: Tensor, r: Tensor) -> Tensor:
+        return torch.addcdiv(s, r, torch.addcmul(self.d, h * h, self.d - 1, value=-1), value=-1)
 
     def back_substitution(self, settings: Newton) -> Tensor:
         """Solve exactly, the last coordinate first: m scalar equations."""
@@ -235,8 +290,8 @@ class _TanhRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(c: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:
-        s, *_, done = _scalar_newton(c, d, settings)
-        return s if done else finish(solve_tanh(c, d, settings), owner, settings, given=c)
+        solution, done = _scalar_newton(c, d, settings)
+        return solution.value if done else finish(solution, owner, settings, given=c.expand_as(solution.value))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -24,7 +24,8 @@ class LowRankLinear(Bijection):
     same family as :math:`(I + W W^T)^{-1}`: it needs no penalty here.)
 
     **Forward**, **Inverse**: O(D r) a point after O(D r^2) once, a thin QR factorisation that never squares U;
-    derivatives of every order. **Log-det**: :math:`\log\det(I + U U^T) - \log\det(I + W W^T)`, from the same
+    derivatives of every order. x is as ill-conditioned as the matrix, :math:`(1 + |U|^2)(1 + |W|^2)` at worst.
+    **Log-det**: :math:`\log\det(I + U U^T) - \log\det(I + W W^T)`, from the same
     factorisations. **Identity**: the start, to rounding (U = W, drawn from torch's generator, so that gradients do not
     vanish).
 
@@ -82,19 +83,25 @@ class LowRankLinear(Bijection):
         return (eye + self.left @ self.left.mT) @ (eye - inner @ inner.mT)
 
     @staticmethod
-    def _apply_factor(x: Tensor, factor: Tensor, sign: float) -> Tensor:
-        """Return ``(I + sign A A^T) x``."""
-        return torch.add(x, linalg.rows_times(linalg.rows_times(x, factor), factor.mT), alpha=sign)
+    def _apply_factors(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+        """Return ``(I + A A^T)(I - V V^T) x`` for A = outer and V = inner, in two passes over x."""
+        both = torch.cat([inner, outer], dim=-1)  # (*B, D, 2 r)
+        first, second = linalg.rows_times(x, both).chunk(2, dim=-1)  # V^T x and A^T x
+        second = second - linalg.rows_times(first, inner.mT @ outer)  # A^T (x - V V^T x)
+        change = torch.cat([-first, second], dim=-1)
+        if x.dim() == 2 and both.dim() == 2:
+            return torch.addmm(x, change, both.mT)
+        return x + linalg.rows_times(change, both.mT)
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         inverse, log_det = linalg.symmetric_low_rank_inverse(self.right)
-        y = self._apply_factor(self._apply_factor(x, inverse, -1), self.left, 1)
+        y = self._apply_factors(x, inverse, self.left)
         return (y if self.bias is None else y + self.bias), (None, log_det)
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         inverse, log_det = linalg.symmetric_low_rank_inverse(self.left)
         centred = y if self.bias is None else y - self.bias
-        return self._apply_factor(self._apply_factor(centred, inverse, -1), self.right, 1), (log_det, None)
+        return self._apply_factors(centred, inverse, self.right), (log_det, None)
 
     def _aux(self, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None

@@ -40,9 +40,11 @@ class Planar(Bijection):
     many cheap layers in few dimensions; :class:`Sylvester` does in one layer what takes many of these.
 
     **Forward**: O(D). **Inverse**: one scalar root a point, :math:`s + (d - 1) \tanh s = w \cdot y + b`, by Newton's
-    method from the end of the bracket where it is monotone (about 5 steps); implicit gradient of every order, reverse
-    and forward mode; raises ``ConvergenceError`` should it ever fail. **Log-det**: :math:`\log(\tanh^2 s + d\,(1 -
-    \tanh^2 s))`, O(1) more. **Identity**: the start, exactly (u = 0); w is drawn from torch's generator.
+    method from the end of the bracket where it is monotone (6 steps, more for the points that need them); implicit
+    gradient of every order, reverse and forward mode; raises ``ConvergenceError`` should it ever fail. Where d nearly
+    vanishes x is ill-conditioned near :math:`s = 0`: then y is met to rounding, x is not. **Log-det**:
+    :math:`\log(\tanh^2 s + d\,(1 - \tanh^2 s))`, O(1) more. **Identity**: the start, exactly (u = 0); w is drawn from
+    torch's generator.
 
     Args:
         input_dim: D.

@@ -200,7 +200,8 @@ class GeneralizedSylvester(Bijection):
     the network and solves every coordinate exactly. They end after at most D, in practice far fewer; a row leaves when
     it is done. First derivatives in reverse mode by the implicit function theorem (second ones raise
     ``NotImplementedError``); with ``order=2``, under ``torch.func`` and while compiling, D sweeps with a graph, with
-    derivatives of every order. **Log-det**: :math:`\sum_i \log(\tanh^2 + d_i (1 - \tanh^2))`, O(D) more, exact.
+    derivatives of every order. With large weights in the network x is ill-conditioned: then y is met to the tolerance,
+    x is not. **Log-det**: :math:`\sum_i \log(\tanh^2 + d_i (1 - \tanh^2))`, O(D) more, exact.
     **Identity**: the start, exactly; W is drawn from torch's generator.
 
     Args:
