@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,35 +32,56 @@ __all__ = [
 ]
 
 
-_HELD: ContextVar[dict[Any, Any] | None] = ContextVar("held_weights", default=None)
+class _Weights(NamedTuple):
+    """What a contraction computed from its parameters, and how."""
+
+    owner: nn.Module  # kept alive: its id is the key
+    value: Any
+    with_graph: bool
+    level: int  # of torch.func
+
+
+_HELD: ContextVar[dict[int, _Weights] | None] = ContextVar("held_weights", default=None)
 
 
 @contextmanager
-def held_weights() -> Iterator[None]:
-    """Within this context, contractions compute their weights once (for each grad mode), not at every call.
+def held_weights(store: dict[int, _Weights] | None = None) -> Iterator[dict[int, _Weights]]:
+    """Within this context, contractions compute their weights once, not at every call.
 
-    For the loops of a solver. The parameters must not change inside. Each thread has its own.
+    For the loops of a solver. The parameters must not change inside. Each thread has its own. Weights that carry a
+    graph serve where none is wanted, too, but not the other way round.
+
+    Args:
+        store: What an earlier context yielded, to go on with its weights.
     """
+    store = {} if store is None else store
     if torch.compiler.is_compiling():
-        yield
+        yield store
         return
-    token = _HELD.set({})
+    token = _HELD.set(store)
     try:
-        yield
+        yield store
     finally:
         _HELD.reset(token)
 
 
 def _hold(module: nn.Module, compute: Callable[[], Any]) -> Any:
-    if torch.compiler.is_compiling():
-        return compute()
-    held = _HELD.get()
+    held = None if torch.compiler.is_compiling() else _HELD.get()
     if held is None:
         return compute()
-    key = id(module), torch.is_grad_enabled(), torch._C._functorch.maybe_current_level()
-    if key not in held:
-        held[key] = module, compute()  # the module too: its id must not be used again
-    return held[key][1]
+    level = torch._C._functorch.maybe_current_level() or 0
+    known = held.get(id(module))
+    if known is None or known.level != level or (torch.is_grad_enabled() and not known.with_graph):
+        known = held[id(module)] = _Weights(module, compute(), torch.is_grad_enabled(), level)
+    return known.value
+
+
+def hold_weights_of(network: nn.Module) -> None:
+    """Within :func:`held_weights`, compute the weights of all contractions in a network now, with their graph."""
+    for module in network.modules():
+        contracted = getattr(module, "contracted", None)
+        if contracted is not None:
+            _hold(module, contracted)
 
 
 def check_lipschitz(lipschitz: float, owner: str, *, below_one: bool = True) -> float:

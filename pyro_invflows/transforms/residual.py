@@ -30,7 +30,13 @@ from pyro_invflows.nn import (
     lipschitz_bound,
     value_and_slope,
 )
-from pyro_invflows.nn.contraction import affine, check_activations, check_lipschitz, contract_product
+from pyro_invflows.nn.contraction import (
+    affine,
+    check_activations,
+    check_lipschitz,
+    contract_product,
+    hold_weights_of,
+)
 from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, Solution, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.transforms.linear import Diagonal
@@ -456,24 +462,28 @@ class ContractiveResidual(Bijection):
 
     # ------------------------------------------------------------------ hooks
 
-    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Linearisation | None]:
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Linearisation | None, Any]]:
         x = self._expand(x)
-        with held_weights():
+        with held_weights() as store:
             if torch.is_grad_enabled() or hasattr(self.net, "linearise"):
                 linearisation = self._linearise(x)
-                return x + linearisation.value, linearisation
-            return x + self._call_net(x, *self._context(x.shape[: self.dim])), None  # a graph would only cost memory
+                return x + linearisation.value, (linearisation, store)
+            # a graph would only cost memory
+            return x + self._call_net(x, *self._context(x.shape[: self.dim])), (None, store)
 
-    def _log_det(self, x: Tensor, y: Tensor, aux: Linearisation | None) -> Tensor:
-        return self.log_det(self._linearise(self._expand(x)) if aux is None else aux, -self.dim)
+    def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Linearisation | None, Any]) -> Tensor:
+        linearisation, store = aux
+        with held_weights(store):
+            return self.log_det(self._linearise(self._expand(x)) if linearisation is None else linearisation, -self.dim)
 
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
-        if torch.compiler.is_compiling():
-            # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that one imports the compiler.
-            return torch.compiler.disable(self._solve_and_attach)(y), None
-        return self._solve_and_attach(y), None
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[None, Any]]:
+        with held_weights() as store:
+            if torch.compiler.is_compiling():
+                # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that imports the compiler.
+                return torch.compiler.disable(self._solve_and_attach)(y, store), (None, store)
+            return self._solve_and_attach(y, store), (None, store)
 
-    def _solve_and_attach(self, y: Tensor) -> Tensor:
+    def _solve_and_attach(self, y: Tensor, store: Any) -> Tensor:
         y = self._expand(y)
         event_dim = -self.dim
         small = y.shape[self.dim :].numel() <= _SMALL_EVENT
@@ -483,19 +493,28 @@ class ContractiveResidual(Bijection):
                 f"{tuple(y.shape[self.dim :])}."
             )
         context = self._context(y.shape[: self.dim])
-        closed = self._jacobian if small and self.dim == -1 and hasattr(self.net, "linearise") else None
-        with held_weights():
-            with torch.no_grad():
-                x = self._solve(y, context, small, closed)
-            return implicit_gradient(
-                lambda x: self._residual(x, y, *context),
-                x,
-                structure="dense" if small else "iterative",
-                event_dim=event_dim,
-                order=self.order,
-                jacobian=None if closed is None else lambda x: closed(x, *context),
-                owner="ContractiveResidual",
-            )
+        closed = small and self.dim == -1 and hasattr(self.net, "linearise")
+        hold_weights_of(self.net)
+        with torch.no_grad():
+            x = self._solve(y, context, small, closed)
+
+        def residual(x: Tensor) -> Tensor:
+            with held_weights(store):  # the backward pass comes later
+                return self._residual(x, y, *context)
+
+        def jacobian(x: Tensor) -> Tensor:
+            with held_weights(store):
+                return self._jacobian(x, *context)
+
+        return implicit_gradient(
+            residual,
+            x,
+            structure="dense" if small else "iterative",
+            event_dim=event_dim,
+            order=self.order,
+            jacobian=jacobian if closed else None,
+            owner="ContractiveResidual",
+        )
 
     def _residual(self, x: Tensor, y: Tensor, *context: Tensor) -> Tensor:
         return x + self._call_net(x, *context) - y
@@ -505,19 +524,17 @@ class ContractiveResidual(Bijection):
         product = self.net.linearise(x, *context).jacobian()  # type: ignore[operator]
         return product + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
-    def _solve(
-        self, y: Tensor, context: tuple[Tensor, ...], small: bool, closed: Callable[..., Tensor] | None
-    ) -> Tensor:
+    def _solve(self, y: Tensor, context: tuple[Tensor, ...], small: bool, closed: bool) -> Tensor:
         settings = self.solver
         if settings is None:
             settings = Newton() if small else Anderson(memory=_MEMORY, max_steps=200)
         how: dict[str, Any] = {"event_dim": -self.dim, "scale": y}
         start = torch.where(y.isfinite(), y, 0)
         args = (y, *context)
-        if closed is not None and isinstance(settings, Newton):
+        if closed and isinstance(settings, Newton):
 
             def step(x: Tensor, r: Tensor, y: Tensor, *context: Tensor) -> Tensor:
-                return linalg.solve(closed(x, *context), r.unsqueeze(-1)).squeeze(-1)
+                return linalg.solve(self._jacobian(x, *context), r.unsqueeze(-1)).squeeze(-1)
 
             solution = settings(self._residual, start, *args, step=step, **how)
         else:
