@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 # Threads that spin while they wait cost more than they bring where other programs share the cores.
@@ -19,21 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import torch
-from timing import Contestant, Timing, race
+from report import Figure, shown, write
+from timing import Contestant, race
 from torch import Tensor
 
 from pyro_invflows import Flow, LowRankLinear, Planar, Sylvester, call_and_ladj, inv_and_ladj
 from pyro_invflows.solvers import FixedPoint
-
-
-@dataclass
-class Figure:
-    """One row of the table."""
-
-    name: str
-    measured: str
-    wanted: str
-    met: bool
 
 
 def spread(layer: Sylvester, low: float, high: float, off: float, seed: int = 0) -> Sylvester:
@@ -46,13 +36,6 @@ def spread(layer: Sylvester, low: float, high: float, off: float, seed: int = 0)
     with torch.no_grad():
         layer.bias.normal_(generator=g)
     return layer
-
-
-def shown(timing: Timing, name: str, reference: str, digits: int = 1) -> str:
-    """Return the ratio of two times, its quartiles over the rounds, and both times."""
-    low, high = timing.ratio_quartiles(name, reference)
-    times = ", ".join(f"{n} {1e3 * timing.median(n):.2f} ms" for n in timing.seconds)
-    return f"{timing.ratio(name, reference):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}); {times}"
 
 
 @torch.no_grad()
@@ -259,18 +242,8 @@ def main() -> None:
     figures = []
     for measure in (against_picard, against_pyro, inverse_over_forward, low_rank, planar):
         figures += measure(rounds)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     figures += potentials(arguments.output.parent, arguments.potentials)
-    lines = [
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios are medians over {rounds} rounds of one "
-        "run, taken in turns, with quartiles; times are medians.",
-        "",
-        "| figure | measured | must reach | reached |",
-        "|---|---|---|---|",
-        *(f"| {f.name} | {f.measured} | {f.wanted} | {'yes' if f.met else '**no**'} |" for f in figures),
-    ]
-    arguments.output.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write(figures, arguments.output, rounds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""Tables of figures: what was measured, what it must reach, whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timing import Timing
+
+__all__ = ["Figure", "shown", "write"]
+
+
+@dataclass
+class Figure:
+    """One row of the table."""
+
+    name: str
+    measured: str
+    wanted: str
+    met: bool
+
+
+def shown(timing: Timing, name: str, reference: str, digits: int = 1) -> str:
+    """Return the ratio of two times, its quartiles over the rounds, and the times of all contestants."""
+    low, high = timing.ratio_quartiles(name, reference)
+    times = ", ".join(f"{n} {1e3 * timing.median(n):.2f} ms" for n in timing.seconds)
+    return f"{timing.ratio(name, reference):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}); {times}"
+
+
+def write(figures: Sequence[Figure], path: Path, rounds: int) -> None:
+    """Write the table as markdown, and print it."""
+    lines = [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios are medians over {rounds} rounds of one "
+        "run, taken in turns, with quartiles; times are medians.",
+        "",
+        "| figure | measured | must reach | reached |",
+        "|---|---|---|---|",
+        *(f"| {f.name} | {f.measured} | {f.wanted} | {'yes' if f.met else '**no**'} |" for f in figures),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
