@@ -187,8 +187,9 @@ class Flow(nn.Module, ConditionalDistribution):
         if d.batch_shape != torch.broadcast_shapes(context.shape[:-1], d.batch_shape):
             raise ValueError(
                 f"Flow: for a context with the batch shape {tuple(context.shape[:-1])} the distribution has "
-                f"{tuple(d.batch_shape)}: a conditional part has fewer event dimensions than the whole. Build it with "
-                f"Conditional(..., event_dim={len(d.event_shape)})."
+                f"{tuple(d.batch_shape)}: a conditional part has fewer event dimensions than the whole (build it with "
+                f"Conditional(..., event_dim={len(d.event_shape)})), or is a foreign one that does not say which batch "
+                "it was conditioned on (use the conditional_* factories here)."
             )
         return d
 
