@@ -116,7 +116,7 @@ def test_several_at_once_equal_each_alone():
     for together, matrix in zip(spectral_norm_bounds(matrices), matrices, strict=True):
         alone = spectral_norm_bound(matrix)
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
-        got, expected = (torch.autograd.grad(value.sum(), matrix)[0] for value in (together, alone))
+        got, expected = (torch.autograd.grad(v.sum(), matrix, retain_graph=True)[0] for v in (together, alone))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     bad = [torch.full((3, 3), torch.nan), torch.eye(3)]
     nan, one = spectral_norm_bounds(bad)
