@@ -396,28 +396,34 @@ class _StackedNorms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, vectors: Tensor, *matrices: Tensor) -> Tensor:
-        ctx.save_for_backward(vectors, *matrices)
-        ctx.save_for_forward(vectors, *matrices)
+        ctx.save_for_backward(values, vectors, *matrices)
+        ctx.save_for_forward(values, vectors, *matrices)
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        vectors, *matrices = ctx.saved_tensors
-        grads: list[Tensor | None] = []
+        values, vectors, *matrices = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * len(matrices)
+        # u v^T = w (w^T A) / s or (A w) w^T / s for the one vector w that is known
+        single = vectors.float()
+        scaled = single * (grad / values.clamp_min(1e-30)).unsqueeze(-1)
         for i, matrix in enumerate(matrices):
             if not ctx.needs_input_grad[i + 2]:
-                grads.append(None)
                 continue
-            with torch.no_grad():
-                left, right = _single_vectors(matrix, vectors[i])
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled():  # second derivatives may follow
+                with torch.no_grad():
+                    left, right = _single_vectors(matrix, vectors[i])
                 left, right = _Vectors.apply(matrix, left, right)
-            grads.append((grad[i] * left).unsqueeze(-1) * right)
+                grads[i] = (grad[i] * left).unsqueeze(-1) * right
+            elif matrix.shape[-2] <= matrix.shape[-1]:
+                grads[i] = torch.outer(scaled[i], single[i] @ matrix)
+            else:
+                grads[i] = torch.outer(matrix @ single[i], scaled[i])
         return None, None, *grads
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *changes: Tensor | None) -> Tensor:
-        vectors, *matrices = ctx.saved_tensors
+        _values, vectors, *matrices = ctx.saved_tensors
         norms = []
         for matrix, vector, change in zip(matrices, vectors, changes, strict=True):
             left, right = _single_vectors(matrix.detach(), vector)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,15 +27,26 @@ class LipSwish(nn.Module):
         super().__init__()
         self.raw_beta = nn.Parameter(torch.tensor(0.5))
 
+    def _beta(self) -> Tensor:
+        return F.softplus(self.raw_beta).clamp_min(1e-6)  # at 0 the division below would fail
+
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and its derivative."""
-        beta = F.softplus(self.raw_beta)
+        beta = self._beta()
         s = torch.sigmoid(beta * x)
         value = x * s * (1 / 1.1)
         return value, torch.addcmul(s * (1 / 1.1), beta * value, 1 - s)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(F.softplus(self.raw_beta) * x) * (1 / 1.1)
+        beta = self._beta()
+        return F.silu(beta * x) * (1 / (1.1 * beta))
+
+    @torch.no_grad()
+    def frozen(self) -> Callable[[Tensor], Tensor]:
+        """Return the function with beta as a number, for the loops of a solver; no gradient to beta."""
+        beta = self._beta().item()
+        factor = 1 / (1.1 * beta)
+        return lambda x: F.silu(beta * x) * factor
 
 
 class Sine(nn.Module):

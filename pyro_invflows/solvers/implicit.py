@@ -99,6 +99,8 @@ def implicit_gradient(
         for _ in range(2):
             x = _newton_step(residual, x, structure, event_dim, jacobian)
         return x
+    if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
+        return x
     value = residual(x)
     if not value.requires_grad and not _is_dual(value):
         return x

@@ -58,6 +58,8 @@ _SMALL_EVENT = 32
 _MEMORY = 10
 #: Bound on the cheap steps before Newton's method in a low-rank layer.
 _BLIND_STEPS, _CHORD_STEPS = 4, 12
+#: Rows whose slopes are averaged for them.
+_SLOPE_ROWS = 32
 
 
 def _check_order(order: int, owner: str) -> int:
@@ -112,7 +114,8 @@ def _chord(equation: _Equation, s: Tensor, c: Tensor, unit: Tensor) -> tuple[Ten
     Returns:
         The points, and which of them solve the equation to rounding.
     """
-    mean = tuple(slope.reshape(-1, slope.shape[-1]).nanmean(0) for slope in equation.slopes(s))
+    some = s if s.dim() != 2 else s[:_SLOPE_ROWS]
+    mean = tuple(slope.reshape(-1, slope.shape[-1]).nanmean(0) for slope in equation.slopes(some))
     inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
     keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse
     aim = c @ inverse
@@ -249,10 +252,10 @@ class LowRankResidual(Bijection):
         h, second = value_and_slope(self.activation, affine(h, network.weights[1], network.biases[1]))
         return h, (first, second)
 
-    def _hidden_value(self, network: _Network, s: Tensor) -> Tensor:
+    def _hidden_value(self, network: _Network, s: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the same without the slopes, which cost more than the value."""
-        h = s if self.form == "bottleneck" else self.activation(s)
-        return self.activation(affine(h, network.weights[1], network.biases[1]))
+        h = s if self.form == "bottleneck" else activation(s)
+        return activation(affine(h, network.weights[1], network.biases[1]))
 
     def _out(self, network: _Network, h: Tensor) -> Tensor:
         return h if self.form == "bottleneck" else affine(h, network.weights[2], network.biases[2])
@@ -292,13 +295,16 @@ class LowRankResidual(Bijection):
             c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
 
         equation = _Equation(
-            lambda s: self._hidden_value(network, s),
+            lambda s: self._hidden_value(network, s, self.activation),
             fold,
             lambda s: self._hidden(network, s)[1],
             lambda slopes: self._matrix(network, fold, slopes),
         )
         with torch.no_grad():
-            s = self._solve(equation, c, y, network.norm)
+            frozen = None if in_transform(c) else getattr(self.activation, "frozen", None)
+            activation = self.activation if frozen is None else frozen()
+            looped = equation._replace(hidden=lambda s: self._hidden_value(network, s, activation))
+            s = self._solve(looped, c, y, network.norm)
         s = implicit_gradient(
             lambda s: equation.residual(s, c),
             s,
