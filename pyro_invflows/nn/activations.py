@@ -28,7 +28,7 @@ class LipSwish(nn.Module):
         self.raw_beta = nn.Parameter(torch.tensor(0.5))
 
     def _beta(self) -> Tensor:
-        return F.softplus(self.raw_beta).clamp_min(1e-6)  # at 0 the division below would fail
+        return F.softplus(self.raw_beta).clamp_min(1e-6)  # frozen() divides by it
 
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and its derivative."""
@@ -38,8 +38,7 @@ class LipSwish(nn.Module):
         return value, torch.addcmul(s * (1 / 1.1), beta * value, 1 - s)
 
     def forward(self, x: Tensor) -> Tensor:
-        beta = self._beta()
-        return F.silu(beta * x) * (1 / (1.1 * beta))
+        return x * torch.sigmoid(self._beta() * x) * (1 / 1.1)
 
     @torch.no_grad()
     def frozen(self) -> Callable[[Tensor], Tensor]:
