@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
+from pyro_invflows.checks import positive_int
+
 __all__ = [
     "Bijection",
     "Elementwise",
@@ -67,15 +69,6 @@ def negative_axis(dim: int, owner: str) -> int:
 def sum_rightmost(value: Tensor, count: int) -> Tensor:
     """Sum the last ``count`` dimensions; torch's own helper fails on empty batches."""
     return value.sum(tuple(range(-count, 0))) if count else value
-
-
-def positive_int(value: int, name: str, owner: str, minimum: int = 1) -> int:
-    """Check a structural size."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be an int, but got {value!r}.")
-    if value < minimum:
-        raise ValueError(f"{owner}: {name} must be at least {minimum}, but got {value}.")
-    return value
 
 
 class Bijection(TransformModule):
@@ -578,6 +571,7 @@ def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
         return y, sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
     if isinstance(transform, ComposeTransform):
         return _compose_and_ladj(transform, x, inverse=False)
+    _require_transform(transform, "call_and_ladj")
     y = transform(x)
     return y, transform.log_abs_det_jacobian(x, y)
 
@@ -601,8 +595,14 @@ def inv_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
         return x, sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
     if isinstance(transform, ComposeTransform):
         return _compose_and_ladj(transform, y, inverse=True)
+    _require_transform(transform, "inv_and_ladj")
     x = transform.inv(y)
     return x, -transform.log_abs_det_jacobian(x, y)
+
+
+def _require_transform(transform: object, owner: str) -> None:
+    if not isinstance(transform, Transform):
+        raise TypeError(f"{owner} needs a torch Transform, but got {type(transform).__name__}.")
 
 
 def _compose_and_ladj(compose: ComposeTransform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

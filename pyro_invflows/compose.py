@@ -445,6 +445,8 @@ class Chain(Bijection, nn.ModuleList):
 def _flatten(parts: Iterable[Transform]) -> Iterator[Transform]:
     if isinstance(parts, Transform) and not isinstance(parts, (Chain, ComposeTransform)):
         raise TypeError("Chain needs a list of transforms, not a single one; write Chain([transform]).")
+    if not isinstance(parts, (Iterable, ComposeTransform)):
+        raise TypeError(f"Chain needs a list of transforms, but got {parts!r}.")
     for part in parts.parts if isinstance(parts, ComposeTransform) else parts:
         if not isinstance(part, Transform):
             hint = (

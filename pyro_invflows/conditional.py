@@ -8,7 +8,8 @@ import torch
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor, nn
 
-from pyro_invflows.base import Bijection, Elementwise, positive_int
+from pyro_invflows.base import Bijection, Elementwise
+from pyro_invflows.checks import positive_int
 from pyro_invflows.nn import dense_network
 from pyro_invflows.recompute import inner_layers, rebind
 

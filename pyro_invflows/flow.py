@@ -13,7 +13,8 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform, constraints, transform_to
 
-from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, positive_int, sum_rightmost
+from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, sum_rightmost
+from pyro_invflows.checks import positive_int
 from pyro_invflows.compose import Chain
 from pyro_invflows.latents import noise_flags
 

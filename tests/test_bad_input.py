@@ -70,6 +70,17 @@ def test_value_errors(index):
         (lambda: pf.PixelShuffle(2.0), "must be an int"),
         (lambda: pf.AffineCoupling(1, lambda v: v), "must be a module"),
         (lambda: pf.shift(3)([1.0, 2.0, 3.0]), "floating point"),
+        (lambda: pf.affine_coupling(4, 8), r"sequence of ints, such as \(64, 64\), but got 8"),
+        (lambda: pf.conditional_planar(4, 2, 8), "sequence of ints"),
+        (lambda: pf.generalized_sylvester(4, 8), "sequence of ints"),
+        (lambda: pf.contractive_residual(4, 8), "sequence of ints"),
+        (lambda: pf.affine_coupling(4, [8.0]), "each of hidden_dims must be an int"),
+        (lambda: pf.Chain(3), "needs a list of transforms, but got 3"),
+        (lambda: pf.Diagonal.from_matrix([[1.0]]), "matrix must be a floating point tensor, but got list"),
+        (lambda: pf.SVDLinear.from_matrix(torch.eye(2, dtype=torch.long)), "but got torch.int64"),
+        (lambda: pf.Orthogonal.from_matrix([[1.0]]), "floating point tensor"),
+        (lambda: call_and_ladj(torch.nn.Linear(2, 2), torch.zeros(2)), "needs a torch Transform, but got Linear"),
+        (lambda: inv_and_ladj(torch.nn.Linear(2, 2), torch.zeros(2)), "needs a torch Transform, but got Linear"),
     ],
 )
 def test_type_errors(make, message):

@@ -184,7 +184,7 @@ def test_inside_torch_distributions(case, dim, cache_size):
 
 
 @pytest.mark.parametrize("case", ALL)
-def test_independent_answer_at_a_point_far_out(case):
+def test_a_point_far_out_inverts(case):
     """Twenty times the usual spread still inverts to a residual at rounding level."""
     dim = case.dims[-1]
     layer = case.build(dim)

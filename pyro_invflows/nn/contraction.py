@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
+from pyro_invflows.checks import widths
 from pyro_invflows.nn.activations import LipSwish, value_and_slope
 from pyro_invflows.nn.dense import dense_network
 from pyro_invflows.nn.linearisation import Linearisation
@@ -228,6 +229,7 @@ class ContractiveMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.lipschitz = check_lipschitz(lipschitz, "ContractiveMLP")
+        hidden_dims = widths(hidden_dims, "ContractiveMLP")
         sizes = [input_dim, *hidden_dims, input_dim]
         self.layers: Any = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
         self.activations = nn.ModuleList(activation() for _ in hidden_dims)
@@ -329,7 +331,7 @@ def contractive_conv_network(
         ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
     """
     check_lipschitz(lipschitz, "contractive_conv_network")
-    sizes = [channels, *hidden_channels, channels]
+    sizes = [channels, *widths(hidden_channels, "contractive_conv_network", "hidden_channels"), channels]
     count = len(sizes) - 1
     layers: list[nn.Module] = []
     for i, (n, m) in enumerate(pairwise(sizes)):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_invflows.checks import widths
+
 __all__ = ["MaskedLinear", "masked_network"]
 
 
@@ -59,7 +61,7 @@ def masked_network(
     degrees = [inputs]
     # A unit of degree k sees the inputs up to k; those of degree 0 see the context only.
     lowest = 0 if context_dim or input_dim == 1 else 1
-    for width in hidden_dims:
+    for width in widths(hidden_dims, "masked_network"):
         spread = torch.arange(width) % max(input_dim - lowest, 1) + lowest
         # a width of zero becomes one unit that sees nothing: torch has no use for empty layers
         degrees.append(spread.clamp_max(input_dim - 1) if width else torch.tensor([-1]))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.base import Bijection
+from pyro_invflows.checks import positive_int, widths
 from pyro_invflows.conditional import Conditional
 from pyro_invflows.nn import conv_network, dense_network
 
@@ -240,7 +241,7 @@ def affine_coupling(
     """
     positive_int(input_dim, "input_dim", "affine_coupling")
     split_dim = input_dim // 2 if split_dim is None else positive_int(split_dim, "split_dim", "affine_coupling", 0)
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else list(hidden_dims)
+    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else widths(hidden_dims, "affine_coupling")
     hypernet = None
     if split_dim + context_dim > 0 and split_dim < input_dim:
         out = (input_dim - split_dim) * (1 if scale is None else 2)

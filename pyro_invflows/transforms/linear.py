@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.base import Bijection, VolumePreserving, positive_int
+from pyro_invflows.base import Bijection, VolumePreserving
+from pyro_invflows.checks import floating_tensor, positive_int
 from pyro_invflows.conditional import Conditional
 
 __all__ = [
@@ -173,6 +174,7 @@ class Diagonal(Bijection):
         Raises:
             ValueError: if the matrix is not diagonal or has a zero on its diagonal.
         """
+        floating_tensor(matrix, "matrix", "Diagonal.from_matrix")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"Diagonal.from_matrix needs a (D, D) matrix, but got the shape {tuple(matrix.shape)}.")
         scale = matrix.detach().diagonal()
@@ -268,7 +270,7 @@ class Orthogonal(_Reflecting, VolumePreserving):
         Raises:
             ValueError: if the matrix is not orthogonal.
         """
-        vectors = linalg.householder_vectors(matrix)
+        vectors = linalg.householder_vectors(floating_tensor(matrix, "matrix", "Orthogonal.from_matrix"))
         layer = cls(len(matrix), num_reflections=len(matrix), bias=bias, dim=dim).to(matrix)
         with torch.no_grad():
             layer.vectors.copy_(vectors)
@@ -355,6 +357,7 @@ class SVDLinear(_Reflecting):
         Raises:
             ValueError: if the matrix is not square, not finite or singular.
         """
+        floating_tensor(matrix, "matrix", "SVDLinear.from_matrix")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"SVDLinear.from_matrix needs a (D, D) matrix, but got {tuple(matrix.shape)}.")
         if not matrix.isfinite().all():

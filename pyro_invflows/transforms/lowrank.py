@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.base import Bijection
+from pyro_invflows.checks import positive_int
 from pyro_invflows.conditional import Conditional
 
 __all__ = ["LowRankLinear", "conditional_low_rank_linear", "low_rank_linear"]

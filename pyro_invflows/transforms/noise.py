@@ -19,7 +19,8 @@ from pyro.distributions import ConditionalDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
 
-from pyro_invflows.base import positive_int, sum_rightmost
+from pyro_invflows.base import sum_rightmost
+from pyro_invflows.checks import positive_int
 from pyro_invflows.compose import Chain, Inverted
 from pyro_invflows.flow import Flow
 from pyro_invflows.latents import NoiseInjection, is_exact, leaves

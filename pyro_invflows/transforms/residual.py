@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.base import Bijection
+from pyro_invflows.checks import positive_int
 from pyro_invflows.compose import Chain
 from pyro_invflows.conditional import Conditional
 from pyro_invflows.logdet import Exact

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.base import Bijection, positive_int
+from pyro_invflows.base import Bijection
+from pyro_invflows.checks import positive_int
 from pyro_invflows.conditional import Conditional
 from pyro_invflows.nn import masked_network
 from pyro_invflows.solvers import (
@@ -263,7 +264,7 @@ class GeneralizedSylvester(Bijection):
         self.vectors = nn.Parameter(torch.empty(k, input_dim))
         self.register_buffer("triangle", linalg.triangle_mask(k, torch.empty(())), persistent=False)
         self.register_buffer("context", None, persistent=False)
-        hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else list(hidden_dims)
+        hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else hidden_dims
         self.hypernet = masked_network(
             input_dim, hidden, 4, context_dim=context_dim, activation=activation, zero_output=True
         )

@@ -1,0 +1,34 @@
+"""Checks of arguments that many constructors share; each error says what must hold and what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["floating_tensor", "positive_int", "widths"]
+
+
+def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
+    """Check a structural size."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, but got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"{owner}: {name} must be at least {minimum}, but got {value}.")
+    return value
+
+
+def widths(values: Any, owner: str, name: str = "hidden_dims") -> list[int]:
+    """Check the widths of a network's hidden layers; 0 is a layer without units."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{owner}: {name} must be a sequence of ints, such as (64, 64), but got {values!r}.")
+    return [positive_int(value, f"each of {name}", owner, minimum=0) for value in values]
+
+
+def floating_tensor(value: Any, name: str, owner: str) -> Tensor:
+    """Check that a value is a floating point tensor."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{owner}: {name} must be a floating point tensor, but got {kind}; see torch.as_tensor.")
+    return value
