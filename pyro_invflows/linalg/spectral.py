@@ -29,6 +29,8 @@ _LARGEST_EXACT = 128
 _LARGEST_EXACT_STACK = 12
 _KRYLOV_STEPS = 20
 _KRYLOV_RESTARTS = 6
+#: Power steps that tell which of a stack of matrices to look at, and how many are looked at before the slack grows.
+_POWER_STEPS, _SEARCHES = 4, 4
 #: By how much the bound of a large matrix may exceed the estimate (of the squared norm), tried in turn.
 _SLACKS = (1e-5, 1e-3, 1e-2)
 #: Frequencies per axis and degree of the kernel; the bound's excess is at most (1 / cos(pi / 16))^2, 4 %.
@@ -149,7 +151,7 @@ def _bound_alone(matrix: Tensor) -> Tensor:
     with torch.no_grad(), _full_precision(a):
         constant = a.detach()
         small = min(a.shape[-2:]) <= _LARGEST_EXACT
-        top = _decompose(constant) if small or _is_hidden(a) else _certify(constant.unsqueeze(-3))
+        top = _decompose(constant) if small or _is_hidden(a) else _certify(constant)
     return _round_up(_attach(a, top.bound, top.left, top.right), _result_dtype(matrix))
 
 
@@ -183,7 +185,7 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
     with torch.no_grad(), _full_precision(k):
         symbols = torch.einsum("oip,fp->foi", k.detach().flatten(-2).to(phases.dtype), phases)
         small = min(symbols.shape[-2:]) <= _LARGEST_EXACT_STACK
-        top = _largest(_decompose(symbols)) if small or _is_hidden(k) else _certify(symbols)
+        top = _largest(_decompose(symbols)) if small or _is_hidden(k) else _certify_largest(symbols)
         assert top.which is not None
         phase = phases.index_select(0, top.which.reshape(1)).squeeze(0)
     symbol = torch.einsum("oip,p->oi", k.flatten(-2).to(phase.dtype), phase)
@@ -228,31 +230,71 @@ def _iterate(matrix: Tensor, atol: float, rtol: float, max_steps: int) -> _Top:
     return _Top(scale * value, scale * value, u, v)
 
 
-def _certify(stack: Tensor) -> _Top:
-    """Bound the largest norm in each stack ``(*B, F, m, n)``, without a decomposition where that can be proved."""
-    a, _ = _scaled(stack)
-    scale = stack.abs().amax((-3, -2, -1))
-    a = a * _safe_ratio(stack.abs().amax((-2, -1)), scale.unsqueeze(-1))[..., None, None]
+def _certify(matrix: Tensor) -> _Top:
+    """Bound the norms of large matrices ``(*B, m, n)``, without a decomposition where that can be proved."""
+    a, scale = _scaled(matrix)
     gram = _gram(a)
     values, vectors = _krylov(gram)
-    estimate, index = values.max(-1)
-    rounding = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1).amax(-1) * _rounding(a)
-    left, right, norm = _both_vectors(_pick(a, index), _pick(vectors, index))
-    estimate = torch.maximum(estimate, norm.square())
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    left, right, norm = _both_vectors(a, vectors)
+    estimate, rounding = torch.maximum(values, norm.square()), _trace(gram) * _rounding(a)
+    bound, todo = estimate, torch.ones_like(estimate, dtype=torch.bool)
     for slack in _SLACKS:
-        bound = estimate * (1 + slack) + rounding
-        _, info = torch.linalg.cholesky_ex(bound[..., None, None, None] * eye - gram)
-        if not info.any():
-            return _Top(scale * norm, scale * bound.sqrt(), left, right, index)
+        trial = estimate * (1 + slack) + rounding
+        proved = _exceeds(trial, gram)
+        bound = torch.where(todo & proved, trial, bound)
+        todo = todo & ~proved
+        if not todo.any():
+            return _Top(scale * norm, scale * bound.sqrt(), left, right)
+    exact = _decompose(matrix[todo])
+    top = _Top(scale * norm, scale * bound.sqrt(), left.clone(), right.clone())
+    top.value[todo], top.bound[todo], top.left[todo], top.right[todo] = exact[:4]
+    return top
+
+
+def _certify_largest(stack: Tensor) -> _Top:
+    """Bound the largest norm of a stack ``(F, m, n)``: search at a few of them, then prove it for all."""
+    _, scales = _scaled(stack)
+    scale = scales.amax()
+    if not (scale.isfinite() and scale > 0):
+        return _largest(_decompose(stack))
+    a = stack / scale
+    gram = _gram(a)
+    v = _start(gram).expand(gram.shape[:-1])
+    for _ in range(_POWER_STEPS):
+        v, estimates = _unit((gram @ v.unsqueeze(-1)).squeeze(-1))
+    which, best, found = estimates.argmax(), estimates.new_zeros(()), None
+    rounding = _trace(gram).amax() * _rounding(a)
+    for slack in (_SLACKS[0],) * _SEARCHES + _SLACKS[1:]:
+        value, vector = _krylov(gram[which])
+        left, right, norm = _both_vectors(a[which], vector)
+        value = torch.maximum(value, norm.square())
+        if found is None or value > best:
+            best, found = value, (norm, left, right, which)
+        bound = best * (1 + slack) + rounding
+        beyond = ~_exceeds(bound, gram)
+        if not beyond.any():
+            norm, left, right, which = found
+            return _Top(scale * norm, scale * bound.sqrt(), left, right, which)
+        which = torch.where(beyond, estimates, -1).argmax()
+        estimates = estimates.index_fill(0, which.reshape(1), 0)
     return _largest(_decompose(stack))
 
 
+def _exceeds(bound: Tensor, gram: Tensor) -> Tensor:
+    """Whether ``bound I - gram`` is positive definite, by its Cholesky factorisation."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky_ex(bound[..., None, None] * eye - gram)[1] == 0
+
+
+def _trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
+
+
 def _largest(stack: _Top) -> _Top:
-    """Choose the matrix with the largest norm from each stack ``(*B, F)``."""
-    index = stack.bound.argmax(-1)
-    value, bound, left, right = (_pick(t, index) for t in (stack.value, stack.bound, stack.left, stack.right))
-    return _Top(value, bound, left, right, index)
+    """Choose the matrix with the largest norm from a stack."""
+    which = stack.bound.argmax().reshape(1)
+    value, bound, left, right = (t.index_select(0, which).squeeze(0) for t in stack[:4])
+    return _Top(value, bound, left, right, which.squeeze(0))
 
 
 def _krylov(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,10 +334,6 @@ def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
     usable = (scale.isfinite() & (scale > 0))[..., None, None]
     safe = torch.where(usable, scale[..., None, None], 1)
     return torch.where(usable, matrix, 0) / safe, scale
-
-
-def _safe_ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where((whole > 0) & whole.isfinite(), part / whole, 0)
 
 
 def _gram(a: Tensor) -> Tensor:
@@ -343,13 +381,6 @@ def _phases(kernel: Tensor) -> tuple[Tensor, float]:
     total = angles[0][:, None, :, None] + angles[1][None, :, None, :]
     complex_dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
     return torch.polar(torch.ones_like(total), -total).flatten(2).flatten(0, 1).to(complex_dtype), excess
-
-
-def _pick(value: Tensor, index: Tensor) -> Tensor:
-    """Choose along the stack's dimension, the one behind those of the index."""
-    axis = index.dim()
-    shape = index.shape + (1,) * (value.dim() - axis)
-    return value.gather(axis, index.reshape(shape).expand(*index.shape, 1, *value.shape[axis + 1 :])).squeeze(axis)
 
 
 # ---------------------------------------------------------------------- derivatives
