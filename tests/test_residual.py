@@ -145,7 +145,7 @@ def test_newton_and_the_fixed_point_stand_behind_the_cheap_steps(form, monkeypat
     def nothing(equation, s, c, unit):
         return s.clone(), torch.zeros(s.shape[:-1], dtype=torch.bool)
 
-    monkeypatch.setattr(residual, "_chord", nothing)
+    monkeypatch.setattr(residual, "chord_steps", nothing)
     torch.testing.assert_close(layer.inv(y.clone()), expected, rtol=0, atol=1e-12)
     # no Newton step at all: the fixed point alone
     monkeypatch.setattr(residual, "Newton", lambda: Newton(max_steps=0))

@@ -38,7 +38,8 @@ from pyro_invflows.nn.contraction import (
     contract_product,
     hold_weights_of,
 )
-from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, Solution, finish, implicit_gradient
+from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, finish, implicit_gradient
+from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.transforms.linear import Diagonal
 
@@ -57,33 +58,12 @@ FORMS = ("bottleneck", "sandwich")
 _SMALL_EVENT = 32
 #: Where the bound binds, a shorter memory takes twice the steps.
 _MEMORY = 10
-#: Bound on the cheap steps before Newton's method in a low-rank layer.
-_BLIND_STEPS, _CHORD_STEPS = 4, 12
-#: Rows whose slopes are averaged for them.
-_SLOPE_ROWS = 32
 
 
 def _check_order(order: int, owner: str) -> int:
     if order not in (1, 2):
         raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
     return order
-
-
-def _finished(
-    first: Solution,
-    residual: Callable[..., Tensor],
-    start: Tensor,
-    args: tuple[Tensor, ...],
-    lipschitz: float,
-    **how: Any,
-) -> Solution:
-    """Solve the rows that an accelerated method left by the fixed point, which the bound makes converge."""
-    if in_transform(start) or first.converged.all():
-        return first
-    steps = math.ceil(math.log(1e-3 * torch.finfo(start.dtype).eps) / math.log(lipschitz))
-    again = where_rows(first.converged, first.value, start)
-    second = FixedPoint(max_steps=steps)(residual, again, *args, **how)
-    return second._replace(num_steps=first.num_steps + second.num_steps)
 
 
 # ---------------------------------------------------------------------- low rank
@@ -95,50 +75,6 @@ class _Network(NamedTuple):
     weights: list[Tensor]  # into the hidden dimensions, perhaps within them, out of them
     biases: Sequence[Tensor | None]
     norm: Tensor  # of the first matrix
-
-
-class _Equation(NamedTuple):
-    """``s + fold h(s) = c``, row by row, with its Jacobian as a function of the activations' slopes at s."""
-
-    hidden: Callable[[Tensor], Tensor]
-    fold: Tensor
-    slopes: Callable[[Tensor], tuple[Tensor, ...]]
-    jacobian: Callable[[tuple[Tensor, ...]], Tensor]
-
-    def residual(self, s: Tensor, c: Tensor) -> Tensor:
-        return s + affine(self.hidden(s), self.fold, None) - c
-
-
-def _chord(equation: _Equation, s: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Take steps with one matrix for all rows, that of their mean slopes: no more than two products each.
-
-    Returns:
-        The points, and which of them solve the equation to rounding.
-    """
-    some = s if s.dim() != 2 else s[:_SLOPE_ROWS]
-    mean = tuple(slope.reshape(-1, slope.shape[-1]).nanmean(0) for slope in equation.slopes(some))
-    inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
-    keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse
-    aim = c @ inverse
-    for _ in range(_BLIND_STEPS):
-        if s.dim() == 2:
-            s = torch.addmm(torch.addmm(aim, s, keep), equation.hidden(s), pull)
-        else:
-            s = aim + s @ keep + equation.hidden(s) @ pull
-    goal = (c.abs().amax(-1) + unit) * (8 * torch.finfo(c.dtype).eps)
-    r = equation.residual(s, c)
-    error = r.abs().amax(-1)
-    todo = error > goal
-    for _ in range(_CHORD_STEPS):
-        if not todo.any():
-            break
-        new = s - r @ inverse
-        new_r = equation.residual(new, c)
-        new_error = new_r.abs().amax(-1)
-        better = todo & (new_error < error)
-        s, r, error = where_rows(better, new, s), where_rows(better, new_r, r), torch.where(better, new_error, error)
-        todo = better & (error > goal)
-    return s, error <= goal
 
 
 class LowRankResidual(Bijection):
@@ -295,7 +231,7 @@ class LowRankResidual(Bijection):
         if self._batch_shape:
             c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
 
-        equation = _Equation(
+        equation = FoldedEquation(
             lambda s: self._hidden_value(network, s, self.activation),
             fold,
             lambda s: self._hidden(network, s)[1],
@@ -316,12 +252,12 @@ class LowRankResidual(Bijection):
         h, slopes = self._hidden(network, s)
         return y - self._out(network, h), (network, slopes)
 
-    def _solve(self, equation: _Equation, c: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+    def _solve(self, equation: FoldedEquation, c: Tensor, y: Tensor, norm: Tensor) -> Tensor:
         """Solve in the hidden dimensions. The tolerance is that of y, hence the division by the first matrix's norm."""
         unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
         if self.solver is not None or in_transform(c):
             return self._newton(equation, c, y, unit, self.solver or Newton())
-        s, done = _chord(equation, c, c, unit)
+        s, done = chord_steps(equation, c, c, unit)
         if done.all():
             return s
         if self._batch_shape:  # batched biases belong to their rows
@@ -330,7 +266,7 @@ class LowRankResidual(Bijection):
         s[rows] = self._newton(equation, c[rows], y[rows], unit, Newton())
         return s
 
-    def _newton(self, equation: _Equation, c: Tensor, y: Tensor, unit: Tensor, settings: Newton) -> Tensor:
+    def _newton(self, equation: FoldedEquation, c: Tensor, y: Tensor, unit: Tensor, settings: Newton) -> Tensor:
         def scaled(s: Tensor, c: Tensor) -> Tensor:
             return equation.residual(s, c) / unit
 
@@ -344,7 +280,7 @@ class LowRankResidual(Bijection):
         }
         solution = settings(scaled, start, c, step=step, **how)
         if self.solver is None:
-            solution = _finished(solution, equation.residual, start, (c,), self.lipschitz, **how)
+            solution = finish_by_fixed_point(solution, equation.residual, start, (c,), self.lipschitz, **how)
         return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
 
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, tuple[Tensor, ...]]) -> Tensor:
@@ -547,7 +483,7 @@ class ContractiveResidual(Bijection):
         else:
             solution = settings(self._residual, start, *args, **how)
         if self.solver is None:
-            solution = _finished(solution, self._residual, start, args, self.lipschitz, **how)
+            solution = finish_by_fixed_point(solution, self._residual, start, args, self.lipschitz, **how)
         return finish(solution, "ContractiveResidual", settings, given=y)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,82 @@
+"""Roots of ``x + g(x) = y`` for a contraction g: cheap steps first, and a fixed point that cannot fail behind them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_invflows.solvers.iterative import FixedPoint
+from pyro_invflows.solvers.solution import Solution, in_transform, where_rows
+
+__all__ = ["FoldedEquation", "chord_steps", "finish_by_fixed_point"]
+
+#: Steps without a look at the residual, then bound on those with one.
+_BLIND_STEPS, _CHORD_STEPS = 4, 12
+#: Rows whose slopes are averaged for them.
+_SLOPE_ROWS = 32
+
+
+class FoldedEquation(NamedTuple):
+    """``s + fold h(s) = c``, row by row, with its Jacobian as a function of the activations' slopes at s."""
+
+    hidden: Callable[[Tensor], Tensor]
+    fold: Tensor
+    slopes: Callable[[Tensor], tuple[Tensor, ...]]
+    jacobian: Callable[[tuple[Tensor, ...]], Tensor]
+
+    def residual(self, s: Tensor, c: Tensor) -> Tensor:
+        return s + F.linear(self.hidden(s), self.fold) - c
+
+
+def chord_steps(equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Take steps with one matrix for all rows, that of their mean slopes: no more than two products each.
+
+    Returns:
+        The points, and which of them solve the equation to rounding.
+    """
+    some = s if s.dim() != 2 else s[:_SLOPE_ROWS]
+    mean = tuple(slope.reshape(-1, slope.shape[-1]).nanmean(0) for slope in equation.slopes(some))
+    inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
+    keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse
+    aim = c @ inverse
+    for _ in range(_BLIND_STEPS):
+        if s.dim() == 2:
+            s = torch.addmm(torch.addmm(aim, s, keep), equation.hidden(s), pull)
+        else:
+            s = aim + s @ keep + equation.hidden(s) @ pull
+    goal = (c.abs().amax(-1) + unit) * (8 * torch.finfo(c.dtype).eps)
+    r = equation.residual(s, c)
+    error = r.abs().amax(-1)
+    todo = error > goal
+    for _ in range(_CHORD_STEPS):
+        if not todo.any():
+            break
+        new = s - r @ inverse
+        new_r = equation.residual(new, c)
+        new_error = new_r.abs().amax(-1)
+        better = todo & (new_error < error)
+        s, r, error = where_rows(better, new, s), where_rows(better, new_r, r), torch.where(better, new_error, error)
+        todo = better & (error > goal)
+    return s, error <= goal
+
+
+def finish_by_fixed_point(
+    first: Solution,
+    residual: Callable[..., Tensor],
+    start: Tensor,
+    args: tuple[Tensor, ...],
+    lipschitz: float,
+    **how: Any,
+) -> Solution:
+    """Solve the rows that an accelerated method left by the fixed point, which the bound makes converge."""
+    if in_transform(start) or first.converged.all():
+        return first
+    steps = math.ceil(math.log(1e-3 * torch.finfo(start.dtype).eps) / math.log(lipschitz))
+    again = where_rows(first.converged, first.value, start)
+    second = FixedPoint(max_steps=steps)(residual, again, *args, **how)
+    return second._replace(num_steps=first.num_steps + second.num_steps)
