@@ -94,6 +94,15 @@ def train(
 
 
 @torch.no_grad()
+def mass(flow: Flow, half_width: float = 6.0, points: int = 1201) -> float:
+    """Integrate the density over a square: what a flow with a wrong log-det would give away."""
+    axis = torch.linspace(-half_width, half_width, points)
+    mesh = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2)
+    total = sum(flow().log_prob(part).double().exp().sum() for part in mesh.split(10_000))
+    return float(total) * (2 * half_width / (points - 1)) ** 2
+
+
+@torch.no_grad()
 def picture(flow: Flow, path: Path) -> None:
     axis = torch.linspace(-5, 5, 401)
     mesh = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
@@ -157,6 +166,7 @@ def main() -> None:
         f"{arguments.threads} threads, seed {arguments.seed}; averaged weights.\n\n"
         "| | bits |\n|---|---|\n"
         f"| this flow, 200 000 held-out points | {final:.4f} |\n"
+        f"| the integral of its density over [-6, 6]^2 | {mass(flow):.4f} |\n"
         "| ImpFlow, published | 5.05 |\n| residual flow, published | 5.08 |\n| entropy | 5.00 |\n"
     )
     (arguments.output / "checkerboard.md").write_text(text)
