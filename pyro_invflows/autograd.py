@@ -1,14 +1,31 @@
-"""What several hand-written derivatives share: a clear error in place of a wrong second derivative."""
+"""What several hand-written derivatives share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["first_order_only"]
+__all__ = ["first_order_only", "outside_inference_mode"]
+
+
+def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method differentiate inside itself although its caller is in inference mode, which records nothing.
+
+    There it runs under ``no_grad`` instead, on copies of its tensors.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return method(self, *args)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(self, *(a.clone() if isinstance(a, Tensor) else a for a in args))
+
+    return run
 
 
 def first_order_only(

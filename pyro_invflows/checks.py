@@ -19,11 +19,11 @@ def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
     return value
 
 
-def widths(values: Any, owner: str, name: str = "hidden_dims") -> list[int]:
-    """Check the widths of a network's hidden layers; 0 is a layer without units."""
+def widths(values: Any, owner: str, name: str = "hidden_dims", minimum: int = 0) -> list[int]:
+    """Check the widths of a network's hidden layers; where 0 is allowed it is a layer without units."""
     if not isinstance(values, Iterable):
         raise TypeError(f"{owner}: {name} must be a sequence of ints, such as (64, 64), but got {values!r}.")
-    return [positive_int(value, f"each of {name}", owner, minimum=0) for value in values]
+    return [positive_int(value, f"each of {name}", owner, minimum) for value in values]
 
 
 def floating_tensor(value: Any, name: str, owner: str) -> Tensor:

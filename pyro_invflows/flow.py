@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Independent, Transform, constraint
 from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, sum_rightmost
 from pyro_invflows.checks import positive_int
 from pyro_invflows.compose import Chain
-from pyro_invflows.latents import noise_flags
+from pyro_invflows.latents import NoiseInjection, leaves, noise_flags
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -40,10 +40,12 @@ class FlowDistribution(TransformedDistribution):
         """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``.
 
         Where a :class:`~pyro_invflows.Slice` makes it a lower bound, ``num_particles`` draws of what was dropped
-        tighten it: their log-mean-exp (Burda et al. 2016). Elsewhere it changes nothing.
+        tighten it: their log-mean-exp (Burda et al. 2016). Where a layer estimates its log-det, that many estimates are
+        averaged. Elsewhere it changes nothing.
 
         Raises:
-            ValueError: if ``num_particles`` is below 1, or above it with ``Slice(score="sample")``.
+            ValueError: if ``num_particles`` is below 1, or above it with ``Slice(score="sample")``, or with both a
+                ``Slice`` and an estimated log-det, whose log-mean-exp would be no bound.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -52,10 +54,16 @@ class FlowDistribution(TransformedDistribution):
             raise ValueError(
                 'log_prob: Slice(score="sample") knows one value of what it dropped, so num_particles must be 1.'
             )
-        if num_particles > 1 and any(map(_draws_to_score, self.transforms)):
+        draws, estimates = any(map(_draws_to_score, self.transforms)), any(map(_estimates, self.transforms))
+        if num_particles > 1 and (draws or estimates):
+            if draws and estimates:
+                raise ValueError(
+                    "log_prob: a Slice needs the log-mean-exp of its particles, an estimated log-det their mean; with "
+                    "both, num_particles must be 1. Take logdet.Exact() for the bound."
+                )
             shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
             scores = self._score(value.expand(num_particles, *shape))
-            return scores.logsumexp(0) - math.log(num_particles)
+            return scores.logsumexp(0) - math.log(num_particles) if draws else scores.mean(0)
         return self._score(value)
 
     def _score(self, value: Tensor) -> Tensor:
@@ -96,6 +104,13 @@ class FlowDistribution(TransformedDistribution):
 def _draws_to_score(transform: Transform) -> bool:
     """Whether a score draws what a Slice dropped. A layer knows it; the walk is for foreign wrappers."""
     return transform._draws_inverse if isinstance(transform, Bijection) else noise_flags(transform).draws_inverse
+
+
+def _estimates(transform: Transform) -> bool:
+    """Whether some layer's log-det is an estimate."""
+    return any(
+        not isinstance(leaf, NoiseInjection) and not getattr(leaf, "exact", True) for leaf, _ in leaves(transform)
+    )
 
 
 def _log_prob(base: Distribution, value: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ F64 = torch.float64
 
 def acting_norm(module):
     """The true norm, by the SVD in double precision, of what acts."""
-    if isinstance(module, ContractiveMLP):
-        return torch.stack([svd_norm(w.detach().double()) for w in module.contracted()]).prod()
+    if isinstance(module, (ContractiveMLP, pf.LowRankResidual)):  # what is bounded is the product
+        weights = module.contracted() if isinstance(module, ContractiveMLP) else module._network().weights
+        return torch.stack([svd_norm(w.detach().double()) for w in weights]).prod()
     weight = module.contracted().detach().double()
     if isinstance(module, Conv2dContraction):
         return svd_norm(as_matrix(weight, 6, 7))
@@ -44,6 +45,8 @@ CONTRACTIONS = {
     "convolution": (lambda: Conv2dContraction(2, 3, 3, 0.9), (2, 6, 7)),
     "convolution 1x1": (lambda: Conv2dContraction(3, 3, 1, 0.9), (3, 6, 7)),
     "mlp": (lambda: ContractiveMLP(4, (16, 8), lipschitz=0.97), (4,)),
+    "low rank": (lambda: pf.low_rank_residual(6, 3), (6,)),
+    "low rank, sandwich": (lambda: pf.low_rank_residual(6, 3, form="sandwich"), (6,)),
 }
 
 
@@ -100,7 +103,8 @@ def test_measured_slopes_stay_below_the_bound(name):
             p.mul_(30).add_(torch.randn_like(p))
     x = torch.randn(200, *event, dtype=F64)
     near = x + 1e-3 * torch.randn_like(x)
-    ratio = (module(x) - module(near)).flatten(1).norm(dim=1) / (x - near).flatten(1).norm(dim=1)
+    g = (lambda v: module(v) - v) if isinstance(module, pf.LowRankResidual) else module
+    ratio = (g(x) - g(near)).flatten(1).norm(dim=1) / (x - near).flatten(1).norm(dim=1)
     assert ratio.max() <= module.lipschitz * (1 + 1e-9)  # the differences round
 
 
@@ -132,6 +136,44 @@ def test_steep_activations_are_refused(make, true):
         contractive_conv_network(3, activation=make)
     with pytest.raises(ValueError, match=make.__name__):
         pf.LowRankResidual(3, activation=make)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.ELU(-3.0), nn.CELU(-1.0), nn.Softplus(threshold=0), nn.LeakyReLU(-2.0)],
+    ids=lambda m: f"{type(m).__name__}",
+)
+def test_settings_that_make_an_activation_steep(module):
+    with pytest.raises(ValueError, match="stretch by"):
+        lipschitz_bound(module)
+
+
+def test_activations_that_are_none():
+    for make in (nn.Tanh(), torch.tanh, "tanh"):
+        with pytest.raises(TypeError, match="must be a constructor"):
+            ContractiveMLP(3, activation=make)
+        with pytest.raises(TypeError, match="must be a constructor"):
+            pf.low_rank_residual(3, activation=make)
+    with pytest.raises(ValueError, match="LinearContraction is no elementwise"):
+        pf.low_rank_residual(4, 3, activation=lambda: LinearContraction(3, 3))
+
+    class Steeper(nn.Sequential):
+        def forward(self, x):
+            return 5 * super().forward(x)
+
+    with pytest.raises(ValueError, match="Steeper is no contraction"):
+        lipschitz_bound(Steeper(nn.Tanh()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_of_what_acts_is_within_the_bound(dtype):
+    worst = 0.0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        module = LinearContraction(6, 6, 0.999)
+        nn.init.normal_(module.weight, std=3.0)
+        worst = max(worst, acting_norm(module.to(dtype)).item())
+    assert worst <= 0.999
 
 
 def test_the_mlp_linearised_in_closed_form_equals_autograd():

@@ -236,6 +236,51 @@ def test_gradients_of_the_iterative_inverse():
         torch.testing.assert_close(a, b)
 
 
+def test_one_bad_row_in_the_backward_pass():
+    torch.manual_seed(0)
+    layer = scatter(pf.contractive_residual(40, [8])).double()
+    y = torch.randn(6, 40, dtype=F64)
+    y[2] = torch.nan
+    y.requires_grad_()
+    rest = torch.arange(6) != 2
+    (got,) = torch.autograd.grad(layer.inv(y)[rest].sum(), y)
+    alone = y[rest].detach().requires_grad_()
+    (expected,) = torch.autograd.grad(layer.inv(alone).sum(), alone)
+    torch.testing.assert_close(got[rest], expected)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("size", [1e4, 1e8])
+def test_the_inverse_where_x_is_far_from_y(size, dtype):
+    """Rounding is that of g, which the bias makes large: no failure, and no thousands of steps."""
+    for form in FORMS:
+        layer = low_rank(9, form, dtype=dtype, lipschitz=0.999)
+        with torch.no_grad():
+            layer.bias_out.normal_().mul_(size)
+        y = torch.randn(20, 9, dtype=dtype)
+        residual = layer(layer.inv(y).detach()) - y
+        assert residual.abs().max() <= 1e3 * size * torch.finfo(dtype).eps
+    for dim in (9, 40):
+        general = scatter(pf.contractive_residual(dim, [16])).to(dtype)
+        with torch.no_grad():
+            general.net.layers[-1].bias.normal_().mul_(size)
+        y = torch.randn(20, dim, dtype=dtype)
+        residual = general(general.inv(y).detach()) - y
+        assert residual.abs().max() <= 1e4 * size * torch.finfo(dtype).eps ** 0.75
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_fixed_point_behind_them_meets_the_tolerance_of_y(scale, form, monkeypatch):
+    layer = low_rank(7, form, 3.0)
+    with torch.no_grad():
+        layer.weight_in.mul_(scale)
+    y = torch.randn(20, 7, dtype=F64)
+    monkeypatch.setattr(residual, "chord_steps", lambda e, s, c, u: (s.clone(), torch.zeros(20, dtype=torch.bool)))
+    monkeypatch.setattr(residual, "Newton", lambda: Newton(max_steps=0))
+    assert (layer(layer.inv(y).detach()) - y).abs().max() <= 1e-11
+
+
 def test_one_set_of_norms_for_a_whole_inverse(monkeypatch):
     """The solver's loop must not decompose the weights at every step."""
     layer = scatter(pf.contractive_residual(40, [8])).double()
@@ -317,4 +362,22 @@ def test_bad_input():
     with pytest.raises(ValueError, match="num_blocks"):
         pf.iresnet(2, num_blocks=0)
     with pytest.raises(ValueError, match="order=2 serves events"):
-        pf.contractive_residual(40, order=2).inv(torch.zeros(1, 40))
+        pf.contractive_residual(40, order=2)
+    with pytest.raises(ValueError, match="order=2 serves events"):
+        pf.ContractiveResidual(pf.nn.ContractiveMLP(40), order=2).inv(torch.zeros(1, 40))
+    with pytest.raises(ValueError, match="must return the shape of its input"):
+        pf.ContractiveResidual(LinearContraction(3, 1))(torch.zeros(4, 3))
+    for make in (
+        lambda: pf.contractive_residual(3, [0]),
+        lambda: pf.nn.ContractiveMLP(0),
+        lambda: LinearContraction(0, 3),
+        lambda: pf.nn.Conv2dContraction(3, 0),
+    ):
+        with pytest.raises(ValueError, match="at least 1"):
+            make()
+
+    class WithContext(Doubling):
+        lipschitz, context_dim = 0.5, 2
+
+    with pytest.raises(ValueError, match="is for vectors"):
+        pf.ContractiveResidual(WithContext(), dim=-3)

@@ -79,6 +79,17 @@ def test_large_bounds_are_proved_on_spectra_that_fool_iterations(kind):
     assert svd_norm(a) <= bound <= spectrum.max() * 1.006
 
 
+@pytest.mark.parametrize("n", [4, 140])
+def test_a_start_that_misses_the_top_vector_does_not_mislead(n):
+    """The start is public: build a matrix whose top vector is orthogonal to it."""
+    start = torch.randn(n, generator=torch.Generator().manual_seed(20), dtype=F64)
+    q = torch.linalg.qr(torch.cat([start[:, None], torch.eye(n, dtype=F64)[:, 1:]], 1))[0]
+    spectrum = torch.cat([torch.tensor([1.0, 5.0], dtype=F64), torch.linspace(0.5, 0.1, n - 2, dtype=F64)])
+    a = q @ torch.diag(spectrum) @ q.T
+    assert spectral_norm(a).item() == pytest.approx(5)
+    assert 5 <= spectral_norm_bound(a) * (1 + 1e-12) <= 5.05
+
+
 def test_small_steps_are_certified_by_a_decomposition():
     a = awkward("close")
     torch.testing.assert_close(spectral_norm(a, max_steps=1), svd_norm(a))

@@ -14,6 +14,8 @@ __all__ = ["log_abs_det", "solve"]
 
 #: Largest batched matrix that is left to LU on the CPU; 144 was seen right, 160 wrong.
 _LARGEST_BATCHED_LU = 128
+#: LAPACK has no half precision.
+_HALF = torch.float16, torch.bfloat16
 
 
 def _lu_is_right(matrix: Tensor) -> bool:
@@ -42,6 +44,8 @@ def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
         torch.linalg.LinAlgError: if LU meets an exactly singular matrix.
     """
     _check_square(matrix, "solve")
+    if matrix.dtype in _HALF:
+        return solve(matrix.float(), rhs.float()).to(rhs.dtype)
     if _lu_is_right(matrix):
         return torch.linalg.solve(matrix, rhs)
     q, r = torch.linalg.qr(matrix)
@@ -61,6 +65,8 @@ def log_abs_det(matrix: Tensor) -> Tensor:
         ValueError: if the matrices are not square.
     """
     _check_square(matrix, "log_abs_det")
+    if matrix.dtype in _HALF:
+        return log_abs_det(matrix.float()).to(matrix.dtype)
     if _lu_is_right(matrix):
         return torch.linalg.slogdet(matrix)[1]
     return torch.linalg.qr(matrix)[1].diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)

@@ -52,11 +52,12 @@ def spectral_norm(
 ) -> Tensor:
     r"""Return the largest singular value of each matrix, by power iteration, with the derivative :math:`u v^T`.
 
-    It has converged when :math:`|A^T u - \sigma v| \le \mathrm{atol} + \mathrm{rtol}\, \sigma`; a matrix that has not
-    after ``max_steps`` (its largest singular values lie close together) is decomposed instead, so that the answer is
-    right either way. The start is a fixed pseudo-random vector: no generator is touched. Derivatives of every order in
-    reverse and forward mode; where the largest singular value is repeated or zero, the first one is a subgradient (zero
-    for a zero matrix) and the second does not exist (``LinAlgError``).
+    It has converged when :math:`|A^T u - \sigma v| \le \mathrm{atol} + \mathrm{rtol}\, \sigma` and a Cholesky
+    factorisation of :math:`\sigma^2 I - A^T A`, with room for these tolerances, proves that no singular value is
+    larger. A matrix for which that fails within ``max_steps`` is decomposed instead, so that the answer is right
+    either way. The start is a fixed pseudo-random vector: no generator is touched. Derivatives of every order in
+    reverse and forward mode; where the largest singular value is repeated or zero, the first one is a subgradient
+    (zero for a zero matrix) and the second does not exist (``LinAlgError``).
 
     Args:
         matrix: ``(*B, m, n)``, real or complex.
@@ -222,7 +223,10 @@ def _iterate(matrix: Tensor, atol: float, rtol: float, max_steps: int) -> _Top:
         done = done | finished | ~scale.isfinite()
         if done.all():
             break
-    # the last vectors belong together where done; the rest is decomposed
+    # a smaller singular value looks converged, too, where the start misses the largest one's vector
+    gram = _gram(a)
+    limit = (value * (1 + 2 * rtol) + 2 * atol / scale.clamp_min(torch.finfo(scale.dtype).tiny)) ** 2
+    done = done & (_exceeds(limit + 4 * _trace(gram) * _rounding(a), gram) | ~scale.isfinite() | (scale == 0))
     if not done.all():
         exact = _decompose(matrix[~done])
         value, u, v = value.clone(), u.clone(), v.clone()
@@ -361,7 +365,7 @@ def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _start(a: Tensor) -> Tensor:
-    """Return a fixed vector that no structure is orthogonal to."""
+    """Return a fixed pseudo-random vector."""
     generator = torch.Generator().manual_seed(20)
     vector = torch.randn(a.shape[-1], generator=generator, dtype=torch.float64)
     return (vector / vector.norm()).to(dtype=a.dtype, device=a.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
+from pyro_invflows.checks import positive_int
 
 __all__ = ["Exact"]
 
@@ -34,8 +35,7 @@ class Exact:
     exact = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_event_size, bool) or not isinstance(self.max_event_size, int) or self.max_event_size < 1:
-            raise ValueError(f"Exact: max_event_size must be an int of at least 1, but got {self.max_event_size!r}.")
+        positive_int(self.max_event_size, "max_event_size", "Exact")
 
     def __call__(self, linearisation: Any, event_dim: int = 1) -> Tensor:
         """Return ``log|det(I + J)|``, ``(*B,)``.

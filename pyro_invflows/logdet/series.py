@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.autograd import first_order_only
+from pyro_invflows.checks import positive_int
 
 __all__ = ["PowerSeries", "RussianRoulette"]
 
@@ -37,7 +38,7 @@ class _Series:
     exact = False
 
     def __post_init__(self) -> None:
-        _check_count(self.num_probes, "num_probes", type(self).__name__, 1)
+        positive_int(self.num_probes, "num_probes", type(self).__name__, 1)
 
     def _weights(self, rows: Tensor) -> Tensor:
         """Return the weight of each term for each row, ``(terms, *rows.shape)``."""
@@ -50,6 +51,11 @@ class _Series:
             linearisation: g at x, as :func:`pyro_invflows.nn.linearise` makes it.
             event_dim: Number of event dimensions.
         """
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{type(self).__name__} draws a random number of terms and does not work under torch.func; use "
+                "logdet.Exact() there."
+            )
         total = None
         for _ in range(self.num_probes):
             estimate = self._estimate(linearisation, event_dim)
@@ -126,7 +132,7 @@ class PowerSeries(_Series):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count(self.num_terms, "num_terms", "PowerSeries", 1)
+        positive_int(self.num_terms, "num_terms", "PowerSeries", 1)
 
     def _weights(self, rows: Tensor) -> Tensor:
         return rows.new_ones(self.num_terms, *(1,) * rows.dim())
@@ -138,7 +144,7 @@ class RussianRoulette(_Series):
 
     Term k beyond the exact ones survives with probability :math:`(1 - p)^{k - n}` and is divided by it. The variance is
     finite where :math:`|J|^2 < 1 - p`, as in most trained networks; take a smaller p otherwise. Each row draws its own
-    number of terms.
+    number of terms; a batch of n takes about log(n) / p.
 
     Args:
         num_exact_terms: n, terms that are always kept.
@@ -159,7 +165,7 @@ class RussianRoulette(_Series):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count(self.num_exact_terms, "num_exact_terms", "RussianRoulette", 0)
+        positive_int(self.num_exact_terms, "num_exact_terms", "RussianRoulette", 0)
         if not 0 < self.p < 1:
             raise ValueError(f"RussianRoulette: p must be strictly between 0 and 1, but got {self.p!r}.")
 
@@ -169,9 +175,4 @@ class RussianRoulette(_Series):
         most = int(further.max().item()) if further.numel() else 0
         j = torch.arange(1, most + 1, dtype=rows.dtype, device=rows.device).reshape(-1, *(1,) * rows.dim())
         weights = torch.where(j <= further, (1 - self.p) ** (1 - j), 0)
-        return torch.cat([torch.ones_like(weights[:1]).expand(self.num_exact_terms, *rows.shape), weights])
-
-
-def _check_count(value: int, name: str, owner: str, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{owner}: {name} must be an int of at least {minimum}, but got {value!r}.")
+        return torch.cat([weights.new_ones(self.num_exact_terms, *rows.shape), weights])

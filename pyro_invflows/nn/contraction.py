@@ -7,6 +7,7 @@ right after ``load_state_dict``, after any optimiser's step, before any other ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.checks import widths
+from pyro_invflows.checks import positive_int, widths
 from pyro_invflows.nn.activations import LipSwish, value_and_slope
 from pyro_invflows.nn.dense import dense_network
 from pyro_invflows.nn.linearisation import Linearisation
@@ -99,8 +100,10 @@ def check_lipschitz(lipschitz: float, owner: str, *, below_one: bool = True) -> 
 
 
 def contract(weight: Tensor, lipschitz: float, norm: Tensor) -> Tensor:
-    """Return ``weight * min(1, lipschitz / norm)``."""
-    return weight * (lipschitz / norm.clamp_min(lipschitz)).to(weight.dtype)
+    """Return ``weight * min(1, lipschitz / norm)``, with room for the rounding of the product."""
+    smaller = min(weight.shape[0], weight[0].numel())
+    room = 1 + torch.finfo(weight.dtype).eps * (1 + smaller**0.5)
+    return weight * (lipschitz / (norm * room).clamp_min(lipschitz)).to(weight.dtype)
 
 
 class LinearContraction(nn.Module):
@@ -126,6 +129,8 @@ class LinearContraction(nn.Module):
     def __init__(self, in_features: int, out_features: int, lipschitz: float = 0.97, *, bias: bool = True) -> None:
         super().__init__()
         self.lipschitz = check_lipschitz(lipschitz, "LinearContraction")
+        positive_int(in_features, "in_features", "LinearContraction")
+        positive_int(out_features, "out_features", "LinearContraction")
         linear = nn.Linear(in_features, out_features, bias=bias)
         self.in_features, self.out_features = in_features, out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -171,6 +176,8 @@ class Conv2dContraction(nn.Module):
         self.lipschitz = check_lipschitz(lipschitz, "Conv2dContraction")
         if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or not kernel_size % 2:
             raise ValueError(f"Conv2dContraction: kernel_size must be odd, but got {kernel_size!r}.")
+        positive_int(in_channels, "in_channels", "Conv2dContraction")
+        positive_int(out_channels, "out_channels", "Conv2dContraction")
         convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.weight, self.bias = convolution.weight, convolution.bias
@@ -229,12 +236,12 @@ class ContractiveMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.lipschitz = check_lipschitz(lipschitz, "ContractiveMLP")
-        hidden_dims = widths(hidden_dims, "ContractiveMLP")
+        positive_int(input_dim, "input_dim", "ContractiveMLP")
+        hidden_dims = widths(hidden_dims, "ContractiveMLP", minimum=1)
         sizes = [input_dim, *hidden_dims, input_dim]
         self.layers: Any = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
-        self.activations = nn.ModuleList(activation() for _ in hidden_dims)
-        check_activations(self.activations, "ContractiveMLP")
-        self.context_dim = context_dim
+        self.activations = nn.ModuleList(make_activations(activation, len(hidden_dims), "ContractiveMLP"))
+        self.context_dim = positive_int(context_dim, "context_dim", "ContractiveMLP", minimum=0)
         self.hypernet: nn.Module | None = None
         if context_dim:
             self.hypernet = dense_network(context_dim, context_hidden_dims, sum(sizes[1:]), zero_output=True)
@@ -302,10 +309,11 @@ def contract_product(weights: Sequence[Tensor], lipschitz: float) -> tuple[list[
         The matrices, and bounds on the norms that they had.
     """
     norms = linalg.spectral_norm_bounds(weights)
-    product = norms[0]
+    product = norms[0].double() if norms[0].device.type != "mps" else norms[0]  # three large norms overflow in single
     for norm in norms[1:]:
         product = product * norm
-    product = product * (1 + 4 * len(weights) * torch.finfo(product.dtype).eps)  # rounding, never downwards
+    # rounding, never downwards; that of the other matrices to their own dtype included
+    product = product * (1 + 4 * len(weights) * torch.finfo(norms[0].dtype).eps)
     return [*weights[:-1], contract(weights[-1], lipschitz, product)], norms
 
 
@@ -331,14 +339,16 @@ def contractive_conv_network(
         ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
     """
     check_lipschitz(lipschitz, "contractive_conv_network")
-    sizes = [channels, *widths(hidden_channels, "contractive_conv_network", "hidden_channels"), channels]
+    positive_int(channels, "channels", "contractive_conv_network")
+    hidden = widths(hidden_channels, "contractive_conv_network", "hidden_channels", minimum=1)
+    sizes = [channels, *hidden, channels]
+    activations = make_activations(activation, len(hidden), "contractive_conv_network")
     count = len(sizes) - 1
     layers: list[nn.Module] = []
     for i, (n, m) in enumerate(pairwise(sizes)):
         if i:
-            layers.append(activation())
+            layers.append(activations[i - 1])
         layers.append(Conv2dContraction(n, m, 3 if i in (0, count - 1) else 1, lipschitz ** (1 / count)))
-    check_activations(layers[1::2], "contractive_conv_network")
     for parameter in layers[-1].parameters():
         nn.init.zeros_(parameter)
     return nn.Sequential(*layers)
@@ -348,8 +358,8 @@ def contractive_conv_network(
 
 #: Largest slopes of torch's own elementwise modules and of maps that only rearrange.
 _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
-    nn.CELU: lambda m: 1.0,
-    nn.ELU: lambda m: max(1.0, m.alpha),
+    nn.CELU: lambda m: 1.0 if m.alpha > 0 else math.inf,
+    nn.ELU: lambda m: max(1.0, abs(m.alpha)),
     nn.GELU: lambda m: 1.1290,
     nn.Hardtanh: lambda m: 1.0,
     nn.Identity: lambda m: 1.0,
@@ -361,7 +371,8 @@ _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.SELU: lambda m: 1.7581,
     nn.Sigmoid: lambda m: 0.25,
     nn.SiLU: lambda m: 1.0999,
-    nn.Softplus: lambda m: 1.0,
+    # beyond its threshold torch takes x for it: a jump of exp(-threshold) / beta
+    nn.Softplus: lambda m: 1.0 if m.threshold >= 20 else math.inf,
     nn.Softshrink: lambda m: 1.0,
     nn.Softsign: lambda m: 1.0,
     nn.Tanh: lambda m: 1.0,
@@ -369,10 +380,22 @@ _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
 }
 
 
-def check_activations(activations: Sequence[nn.Module] | nn.ModuleList, owner: str) -> None:
-    """Refuse an activation with slopes beyond 1."""
+def make_activations(constructor: Callable[[], nn.Module], count: int, owner: str) -> list[nn.Module]:
+    """Build activations, elementwise with slopes of at most 1, or say why not."""
+    if isinstance(constructor, nn.Module) or not callable(constructor):
+        raise TypeError(f"{owner}: activation must be a constructor, such as nn.Tanh, but got {constructor!r}.")
+    if constructor in (torch.tanh, torch.sin, torch.relu):
+        raise TypeError(f"{owner}: activation must be a constructor of modules, such as nn.Tanh, not a function.")
+    activations = [constructor() for _ in range(count)]
     for activation in activations:
+        elementwise = type(activation) in _SLOPES or hasattr(activation, "value_and_slope")
+        if not isinstance(activation, nn.Module) or not elementwise:
+            raise ValueError(
+                f"{owner}: {type(activation).__name__} is no elementwise activation that is known. Take one of torch's "
+                "own, nn.LipSwish or nn.Sine, or a module with the attribute 'lipschitz' and value_and_slope(x)."
+            )
         lipschitz_bound(activation, owner=owner)
+    return activations
 
 
 def lipschitz_bound(module: nn.Module, *, owner: str = "lipschitz_bound", path: str = "") -> float:
@@ -395,7 +418,7 @@ def lipschitz_bound(module: nn.Module, *, owner: str = "lipschitz_bound", path: 
         bound = check_lipschitz(declared, f"{owner}: {where}", below_one=False)
     elif type(module) in _SLOPES:
         bound = _SLOPES[type(module)](module)
-    elif isinstance(module, nn.Sequential):
+    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         bound = 1.0
         for name, child in module.named_children():
             bound *= lipschitz_bound(child, owner=owner, path=f"{path}.{name}" if path else name)

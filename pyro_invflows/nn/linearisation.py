@@ -43,17 +43,16 @@ class _Traced(Linearisation):
             self.x = x.detach().requires_grad_() if self._alone else x
             self._traced = function(self.x)
         # a leaf made here must not make the value look as if someone could ask for its gradient
-        frozen = not self._graph or (self._alone and not _depends_on_more(self._traced, self.x))
-        self.value = self._traced.detach() if frozen else self._traced
+        self._frozen = not self._graph or (self._alone and not _depends_on_more(self._traced, self.x))
+        self.value = self._traced.detach() if self._frozen else self._traced
 
     def vjp(self, v: Tensor) -> Tensor:
         if self._functional:
             return self._pullback(v)[0]
-        if not self._traced.requires_grad:
+        if not self._traced.requires_grad:  # g is constant
             return torch.zeros_like(v)
-        (out,) = torch.autograd.grad(
-            self._traced, self.x, v, retain_graph=True, create_graph=torch.is_grad_enabled(), allow_unused=True
-        )
+        graph = torch.is_grad_enabled() and not self._frozen
+        (out,) = torch.autograd.grad(self._traced, self.x, v, retain_graph=True, create_graph=graph, allow_unused=True)
         return torch.zeros_like(v) if out is None else out
 
     def jacobian(self) -> Tensor:

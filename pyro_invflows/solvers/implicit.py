@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_invflows import linalg
 from pyro_invflows.autograd import first_order_only
 from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
-from pyro_invflows.solvers.solution import Settings, finish
+from pyro_invflows.solvers.solution import Settings, finish, row_max, where_rows
 
 __all__ = ["implicit_gradient"]
 
@@ -96,6 +96,8 @@ def implicit_gradient(
             )
         if not functorch and not torch.is_grad_enabled():
             return x
+        if not functorch and not residual(x).requires_grad and torch.autograd.forward_ad._current_level < 0:
+            return x  # nothing to differentiate by: the leaf that a step makes must not look like it
         for _ in range(2):
             x = _newton_step(residual, x, structure, event_dim, jacobian)
         return x
@@ -217,7 +219,10 @@ def _solve_transposed(ctx: Any, grad: Tensor) -> Tensor:
             v = v + error / slope
         return v
     solution = ctx.solver(lambda v: vjp(v) - grad, grad, event_dim=ctx.event_dim, scale=grad, gather=False)
-    return finish(solution, f"{ctx.owner} (backward pass)", ctx.solver, given=grad)
+    # a row whose root is not finite has no gradient, and is no failure of this solver
+    known = row_max(ctx.x, ctx.event_dim).isfinite()
+    given = where_rows(known, grad, torch.full_like(grad, torch.nan))
+    return finish(solution, f"{ctx.owner} (backward pass)", ctx.solver, given=given)
 
 
 def _solve_dense(jacobian: Tensor, grad: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
 
+from pyro_invflows.autograd import outside_inference_mode
 from pyro_invflows.base import Bijection, call_and_ladj
 from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
@@ -162,6 +163,7 @@ class NumericalInverse(Bijection):
             return torch.compiler.disable(self._solve_and_attach)(y)
         return self._solve_and_attach(y)
 
+    @outside_inference_mode
     def _solve_and_attach(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self._check_size(y, inverse=True)
         y = y.expand(self.inverse_shape(y.shape))

@@ -13,14 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
+from pyro_invflows.autograd import outside_inference_mode
 from pyro_invflows.base import Bijection
 from pyro_invflows.checks import positive_int
 from pyro_invflows.compose import Chain
 from pyro_invflows.conditional import Conditional
-from pyro_invflows.logdet import Exact
+from pyro_invflows.logdet import Exact, PowerSeries, RussianRoulette
 from pyro_invflows.nn import (
     ContractiveMLP,
     Linearisation,
@@ -33,10 +35,10 @@ from pyro_invflows.nn import (
 )
 from pyro_invflows.nn.contraction import (
     affine,
-    check_activations,
     check_lipschitz,
     contract_product,
     hold_weights_of,
+    make_activations,
 )
 from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 FORMS = ("bottleneck", "sandwich")
+_ESTIMATORS = PowerSeries, RussianRoulette
 #: Events of up to this size have a dense Jacobian in the inverse and its gradient.
 _SMALL_EVENT = 32
 #: Where the bound binds, a shorter memory takes twice the steps.
@@ -87,12 +90,12 @@ class LowRankResidual(Bijection):
     constant of at most c < 1 at any parameters. Invertible because x is the fixed point of the contraction :math:`y -
     g(x)`. Choose it as the general-purpose layer where no coordinate is special: it needs no permutation and no split.
 
-    **Forward**: O(D k) a point, the norms O(k^2 D + k^3) once. **Inverse**: a root in k dimensions, :math:`s + W g(s) =
-    W y`, by Newton's method with its k x k matrix, finished by the fixed point, which always converges, where that does
-    not; implicit gradient, first order in reverse and forward mode (``NotImplementedError`` for second derivatives);
-    ``order=2`` for higher ones. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma, O(D k^2) a
-    point (bottleneck) or O(k^3) (sandwich). **Identity**: the start, exactly (the last matrix is zero); the others are
-    drawn from torch's generator.
+    **Forward**: O(D k) a point, the norms O(k^2 D + k^3) once. **Inverse**: a root in k dimensions, :math:`s + W g(s)
+    = W y`, by Newton's method with its k x k matrix, finished by the fixed point, which the bound makes converge,
+    where that does not; implicit gradient, first order in reverse and forward mode (``NotImplementedError`` for second
+    derivatives); ``order=2`` for higher ones. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma,
+    O(D k^2) a point (bottleneck) or O(k^3) (sandwich). **Identity**: the start, exactly (the last matrix is zero); the
+    others are drawn from torch's generator.
 
     Args:
         input_dim: D.
@@ -148,8 +151,7 @@ class LowRankResidual(Bijection):
         self.lipschitz = check_lipschitz(lipschitz, owner)
         self.order = _check_order(order, owner)
         self.solver = solver
-        self.activation = activation()
-        check_activations([self.activation], owner)
+        (self.activation,) = make_activations(activation, 1, owner)
         self.weight_in = nn.Parameter(torch.empty(k, input_dim))
         self.weight_out = nn.Parameter(torch.empty(input_dim, k))
         self.bias_out = nn.Parameter(torch.empty(input_dim))
@@ -274,13 +276,14 @@ class LowRankResidual(Bijection):
             return linalg.solve(equation.jacobian(equation.slopes(s)), (r * unit).unsqueeze(-1)).squeeze(-1)
 
         start = torch.where(c.isfinite(), c, 0)
+        push = F.linear(equation.hidden(start), equation.fold) / unit  # rounding is that of the terms
         how: dict[str, Any] = {
-            "scale": y.abs().amax(-1, keepdim=True).expand(c.shape),
+            "scale": (y.abs().amax(-1, keepdim=True) + push.abs().amax(-1, keepdim=True)).expand(c.shape),
             "gather": not self._batch_shape,
         }
         solution = settings(scaled, start, c, step=step, **how)
         if self.solver is None:
-            solution = finish_by_fixed_point(solution, equation.residual, start, (c,), self.lipschitz, **how)
+            solution = finish_by_fixed_point(solution, scaled, start, (c,), self.lipschitz, unit=unit, **how)
         return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
 
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, tuple[Tensor, ...]]) -> Tensor:
@@ -303,11 +306,12 @@ class ContractiveResidual(Bijection):
     wide or convolutional; :class:`LowRankResidual` is faster where a narrow one will do.
 
     **Forward**: one evaluation of the network. **Inverse**: Newton's method for events of up to 32 elements, else
-    Anderson acceleration; the fixed point finishes the rows that these leave, and always converges. Implicit gradient,
-    its linear solve dense for small events and iterative else; first order in reverse mode, forward mode and
-    ``torch.func`` for small events only; ``order=2`` for second derivatives there. **Log-det**: exact by default, in as
-    few dimensions as the network is narrow; an estimator if you name one, from torch's generator. Which one runs never
-    depends on ``training``. **Identity**: where g is zero, as at the start of :func:`contractive_residual`.
+    Anderson acceleration; the fixed point, which the bound makes converge, finishes the rows that these leave.
+    Implicit gradient, its linear solve dense for small events and iterative else; first order in reverse mode, forward
+    mode and ``torch.func`` for small events only; ``order=2`` for second derivatives there. **Log-det**: exact by
+    default, in as few dimensions as the network is narrow; an estimator if you name one, from torch's generator. Which
+    one runs never depends on ``training``. **Identity**: where g is zero, as at the start of
+    :func:`contractive_residual`.
 
     Args:
         net: A contraction: ``nn.ContractiveMLP``, a ``Sequential`` of ``nn.LinearContraction``,
@@ -361,7 +365,7 @@ class ContractiveResidual(Bijection):
                 f"{owner}: the network's Lipschitz bound must be below 1, but it is {bound:.4g}. At least one of its "
                 "layers must be a strict contraction, such as nn.LinearContraction."
             )
-        if log_det is not None and not (callable(log_det) and hasattr(log_det, "exact")):
+        if log_det is not None and (isinstance(log_det, type) or not isinstance(log_det, (Exact, *_ESTIMATORS))):
             raise TypeError(
                 f"{owner}: log_det must be logdet.Exact(), PowerSeries() or RussianRoulette(), but got {log_det!r}."
             )
@@ -374,20 +378,37 @@ class ContractiveResidual(Bijection):
         self.order = _check_order(order, owner)
         self.solver = solver
         self.context_dim = int(getattr(net, "context_dim", 0))
+        if self.context_dim and dim != -1:
+            raise ValueError(
+                f"{owner}: a network with a context is for vectors (dim=-1), but got dim={dim}; give it context_dim=0 "
+                "and condition other layers of the flow."
+            )
+        if self.order == 2 and dim == -1 and input_dim is not None and input_dim > _SMALL_EVENT:
+            raise ValueError(f"{owner}: order=2 serves events of up to {_SMALL_EVENT} elements, but got {input_dim}.")
         self.register_buffer("context", None, persistent=False)
 
     # ------------------------------------------------------------------ the contraction
 
     def _call_net(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.dim == -1:
-            return self.net(x, *context)
-        event = x.shape[self.dim :]
-        return self.net(x.reshape(-1, *event)).reshape(x.shape)
+            value = self.net(x, *context)
+        else:
+            flat = x.reshape(x.shape[: self.dim].numel(), *x.shape[self.dim :])
+            value = self.net(flat)
+            if value.shape == flat.shape:
+                value = value.reshape(x.shape)
+        if value.shape != x.shape:  # one that broadcasts would be no contraction
+            raise ValueError(
+                f"ContractiveResidual: the network must return the shape of its input, but for {tuple(x.shape)} it "
+                f"returned {tuple(value.shape)}."
+            )
+        return value
 
     def _context(self, batch: torch.Size) -> tuple[Tensor, ...]:
         if not self.context_dim or self.context is None:
             return ()
-        return (self.context.expand(*batch, self.context_dim),)
+        context = self.context.clone() if self.context.is_inference() else self.context
+        return (context.expand(*batch, self.context_dim),)
 
     def _expand(self, value: Tensor) -> Tensor:
         """Give a value the batch dimensions of the context."""
@@ -405,6 +426,7 @@ class ContractiveResidual(Bijection):
 
     # ------------------------------------------------------------------ hooks
 
+    @outside_inference_mode
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Linearisation | None, Any]]:
         x = self._expand(x)
         with held_weights() as store:
@@ -414,11 +436,13 @@ class ContractiveResidual(Bijection):
             # a graph would only cost memory
             return x + self._call_net(x, *self._context(x.shape[: self.dim])), (None, store)
 
+    @outside_inference_mode
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Linearisation | None, Any]) -> Tensor:
         linearisation, store = aux
         with held_weights(store):
             return self.log_det(self._linearise(self._expand(x)) if linearisation is None else linearisation, -self.dim)
 
+    @outside_inference_mode
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[None, Any]]:
         with held_weights() as store:
             if torch.compiler.is_compiling():
@@ -471,9 +495,10 @@ class ContractiveResidual(Bijection):
         settings = self.solver
         if settings is None:
             settings = Newton() if small else Anderson(memory=_MEMORY, max_steps=200)
-        how: dict[str, Any] = {"event_dim": -self.dim, "scale": y}
         start = torch.where(y.isfinite(), y, 0)
         args = (y, *context)
+        # rounding is that of the terms: |g| may exceed |y|
+        how: dict[str, Any] = {"event_dim": -self.dim, "scale": y.abs() + self._call_net(start, *context).abs()}
         if closed and isinstance(settings, Newton):
 
             def step(x: Tensor, r: Tensor, y: Tensor, *context: Tensor) -> Tensor:
