@@ -126,6 +126,20 @@ def test_functorch(case, dim):
 
 
 @pytest.mark.parametrize(("case", "dim"), SMALL)
+def test_inference_mode_gives_the_same(case, dim):
+    """Layers that differentiate inside themselves must not find that nothing is recorded."""
+    layer, x = case.build(dim), case.points(dim)
+    y = layer(x).detach()
+    for run, start in ((call_and_ladj, x), (inv_and_ladj, y)):
+        expected = run(layer, start.clone())
+        with torch.inference_mode():
+            got = run(layer, start.clone())
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.clone(), b.detach())
+    layer(x.clone().requires_grad_()).sum().backward()  # nothing of it is left behind
+
+
+@pytest.mark.parametrize(("case", "dim"), SMALL)
 def test_functional_call(case, dim):
     layer, x = case.build(dim), case.points(dim)
     new = {k: v + 0.25 for k, v in layer.named_parameters()}
