@@ -5,6 +5,9 @@ rounds of one run, taken in turns (see ``timing.py``), with two threads; about t
 The checkerboard's figure, which is no timing, is taken over from the file that ``checkerboard.py`` wrote beside the
 output.
 
+The sandwich form has the widths and layers of normflows' network (D, k, k, D); the bottleneck form, for which (D, k, D) is
+the nearest, puts an activation behind its last layer, and is there to compare.
+
 normflows' training step holds what its documentation prescribes: forward, backward and ``update_lipschitz`` with five
 iterations, without which its bound would be that of the initial weights.
 """
@@ -87,8 +90,8 @@ def training(rounds: int) -> list[Figure]:
                     f"training step, D {dim}, batch {BATCH}, {form}: normflows' Residual of the same widths over ours "
                     "(exact log-det)",
                     shown(timing, "normflows", "ours"),
-                    ">= 2",
-                    timing.ratio("normflows", "ours") >= 2,
+                    ">= 2" if form == "sandwich" else "",
+                    timing.ratio("normflows", "ours") >= 2 if form == "sandwich" else None,
                 )
             )
     return figures
@@ -120,8 +123,10 @@ def inverses(rounds: int) -> list[Figure]:
                     f"inverse, D {dim}, batch {BATCH}, {form}: ours over normflows'",
                     f"{shown(timing, 'ours', 'normflows', 2)}; errors {error:.1e} float32, {double_error:.1e} float64, "
                     f"theirs {their_error:.1e} float32",
-                    "<= 1.5, <= 2e-6, <= 1e-12",
-                    timing.ratio("ours", "normflows") <= 1.5 and error <= 2e-6 and double_error <= 1e-12,
+                    "<= 1.5, <= 2e-6, <= 1e-12" if form == "sandwich" else "<= 2e-6, <= 1e-12",
+                    (form != "sandwich" or timing.ratio("ours", "normflows") <= 1.5)
+                    and error <= 2e-6
+                    and double_error <= 1e-12,
                 )
             )
     return figures

@@ -144,6 +144,8 @@ def _decompose_together(matrices: Sequence[Tensor]) -> list[Tensor] | None:
         top = torch.add(values[:, -1], values.sum(-1), alpha=max(_rounding(a) for a in doubles)).clamp_min(0)
         bounds = _round_up(top.sqrt(), torch.float32)
         vectors = vectors[..., -1]
+    if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
+        return list(bounds.unbind())
     return list(_StackedNorms.apply(bounds, vectors, *matrices).unbind())
 
 

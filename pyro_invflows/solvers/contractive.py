@@ -52,7 +52,7 @@ def chord_steps(equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor) ->
         else:
             s = aim + s @ keep + equation.hidden(s) @ pull
     # rounding is that of the terms
-    goal = (c.abs().amax(-1) + s.abs().amax(-1).nan_to_num(0, 0, 0) + unit) * (8 * torch.finfo(c.dtype).eps)
+    goal = torch.maximum(c.abs().amax(-1), s.abs().amax(-1)).add_(unit).mul_(8 * torch.finfo(c.dtype).eps)
     r = equation.residual(s, c)
     error = r.abs().amax(-1)
     todo = error > goal
@@ -62,6 +62,8 @@ def chord_steps(equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor) ->
         new = s - r @ inverse
         new_r = equation.residual(new, c)
         new_error = new_r.abs().amax(-1)
+        if (new_error <= goal).all():
+            return new, torch.ones_like(todo)
         better = todo & (new_error < error)
         s, r, error = where_rows(better, new, s), where_rows(better, new_r, r), torch.where(better, new_error, error)
         todo = better & (error > goal)

@@ -60,7 +60,7 @@ _ESTIMATORS = PowerSeries, RussianRoulette
 #: Events of up to this size have a dense Jacobian in the inverse and its gradient.
 _SMALL_EVENT = 32
 #: Where the bound binds, a shorter memory takes twice the steps.
-_MEMORY = 10
+_MEMORY = 15
 
 
 def _check_order(order: int, owner: str) -> int:
@@ -224,7 +224,7 @@ class LowRankResidual(Bijection):
         h, slopes = self._hidden(network, affine(x, network.weights[0], network.biases[0]))
         return x + self._out(network, h), (network, slopes)
 
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[_Network, tuple[Tensor, ...]]]:
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[_Network, Any]]:
         network = self._network()
         fold, shift = self._fold(network)
         c = affine(y, network.weights[0], network.biases[0])
@@ -239,11 +239,13 @@ class LowRankResidual(Bijection):
             lambda s: self._hidden(network, s)[1],
             lambda slopes: self._matrix(network, fold, slopes),
         )
+        frozen = None if in_transform(c) else getattr(self.activation, "frozen", None)
+        activation = self.activation if frozen is None else frozen()
         with torch.no_grad():
-            frozen = None if in_transform(c) else getattr(self.activation, "frozen", None)
-            activation = self.activation if frozen is None else frozen()
             looped = equation._replace(hidden=lambda s: self._hidden_value(network, s, activation))
             s = self._solve(looped, c, y, network.norm)
+        if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0 and not in_transform(c):
+            return y - self._out(network, looped.hidden(s)), (network, s)
         s = implicit_gradient(
             lambda s: equation.residual(s, c),
             s,
@@ -286,8 +288,10 @@ class LowRankResidual(Bijection):
             solution = finish_by_fixed_point(solution, scaled, start, (c,), self.lipschitz, unit=unit, **how)
         return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
 
-    def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, tuple[Tensor, ...]]) -> Tensor:
+    def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, Any]) -> Tensor:
         network, slopes = aux
+        if isinstance(slopes, Tensor):  # the solution in the hidden dimensions, found where nobody wants a gradient
+            slopes = self._hidden(network, slopes)[1]
         return linalg.log_abs_det(self._matrix(network, self._fold(network)[0], slopes))
 
     def extra_repr(self) -> str:
