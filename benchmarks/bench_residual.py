@@ -5,8 +5,8 @@ rounds of one run, taken in turns (see ``timing.py``), with two threads; about t
 The checkerboard's figure, which is no timing, is taken over from the file that ``checkerboard.py`` wrote beside the
 output.
 
-The sandwich form has the widths and layers of normflows' network (D, k, k, D); the bottleneck form, for which (D, k, D) is
-the nearest, puts an activation behind its last layer, and is there to compare.
+The sandwich form has the widths and layers of normflows' network (D, k, k, D). The bottleneck form, for which (D, k, D)
+is the nearest, puts an activation behind its last layer, and is there to compare.
 
 normflows' training step holds what its documentation prescribes: forward, backward and ``update_lipschitz`` with five
 iterations, without which its bound would be that of the initial weights.

@@ -9,11 +9,7 @@ output; ``--potentials`` fits anew, which takes ten minutes more.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-
-# Threads that spin while they wait cost more than they bring where other programs share the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms

@@ -7,13 +7,9 @@ taken in turns (see ``timing.py``): the median over rounds, with the quartiles b
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-# Threads that spin while they wait cost more than they bring where other programs share the cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pyro.distributions as dist
 import torch

@@ -41,8 +41,8 @@ def chord_steps(equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor) ->
     Returns:
         The points, and which of them solve the equation to rounding.
     """
-    some = s if s.dim() != 2 else s[:_SLOPE_ROWS]
-    mean = tuple(slope.reshape(-1, slope.shape[-1]).nanmean(0) for slope in equation.slopes(some))
+    some = (s if s.dim() != 2 else s[:_SLOPE_ROWS]).nan_to_num(0)  # a bad row must not spoil the mean
+    mean = tuple(slope.reshape(-1, slope.shape[-1]).mean(0) for slope in equation.slopes(some))
     inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
     keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse
     aim = c @ inverse
