@@ -31,6 +31,8 @@ def acting_norm(module):
     if isinstance(module, (ContractiveMLP, pf.LowRankResidual)):  # what is bounded is the product
         weights = module.contracted() if isinstance(module, ContractiveMLP) else module._network().weights
         return torch.stack([svd_norm(w.detach().double()) for w in weights]).prod()
+    if isinstance(module, nn.Sequential):
+        return torch.stack([acting_norm(layer) for layer in module if hasattr(layer, "contracted")]).prod()
     weight = module.contracted().detach().double()
     if isinstance(module, Conv2dContraction):
         return svd_norm(as_matrix(weight, 6, 7))
@@ -44,6 +46,7 @@ CONTRACTIONS = {
     "large": (lambda: LinearContraction(140, 150, 0.97), (140,)),
     "convolution": (lambda: Conv2dContraction(2, 3, 3, 0.9), (2, 6, 7)),
     "convolution 1x1": (lambda: Conv2dContraction(3, 3, 1, 0.9), (3, 6, 7)),
+    "convolutional network": (lambda: contractive_conv_network(2, [3], lipschitz=0.9), (2, 6, 7)),
     "mlp": (lambda: ContractiveMLP(4, (16, 8), lipschitz=0.97), (4,)),
     "low rank": (lambda: pf.low_rank_residual(6, 3), (6,)),
     "low rank, sandwich": (lambda: pf.low_rank_residual(6, 3, form="sandwich"), (6,)),
@@ -56,7 +59,7 @@ def test_hostile_training(name, optimiser):
     torch.manual_seed(0)
     make, event = CONTRACTIONS[name]
     module = make()
-    assert acting_norm(module) <= module.lipschitz  # before any call
+    assert acting_norm(module) <= lipschitz_bound(module)  # before any call
     step = (
         torch.optim.Adam(module.parameters(), lr=1e-2)
         if optimiser == "adam"
@@ -65,15 +68,15 @@ def test_hostile_training(name, optimiser):
     # large targets: the loss falls by making the map as steep as it may become
     x, target = torch.randn(8, *event), 10 * torch.randn(8, *module(torch.zeros(8, *event)).shape[1:])
     worst = 0.0
-    for i in range(200 if name != "large" else 40):
+    for i in range(200):
         module.train(i % 2 == 0)
         step.zero_grad()
         (module(x) - target).square().mean().backward()
         step.step()
         for mode in (True, False):
             worst = max(worst, acting_norm(module.train(mode)).item())
-    assert worst <= module.lipschitz
-    assert worst > 0.5 * module.lipschitz, "the bound was never reached: the test was not hostile"
+    assert worst <= lipschitz_bound(module)
+    assert worst > 0.5 * lipschitz_bound(module), "the bound was never reached: the test was not hostile"
 
 
 @pytest.mark.parametrize("name", CONTRACTIONS)
@@ -83,7 +86,7 @@ def test_random_weights_right_after_loading(name, size):
     module = CONTRACTIONS[name][0]()
     module.load_state_dict({k: size * torch.randn_like(v) for k, v in module.state_dict().items()})
     for mode in (True, False):
-        assert acting_norm(module.train(mode)) <= module.lipschitz
+        assert acting_norm(module.train(mode)) <= lipschitz_bound(module)
 
 
 def test_small_weights_act_as_they_are():
@@ -105,7 +108,7 @@ def test_measured_slopes_stay_below_the_bound(name):
     near = x + 1e-3 * torch.randn_like(x)
     g = (lambda v: module(v) - v) if isinstance(module, pf.LowRankResidual) else module
     ratio = (g(x) - g(near)).flatten(1).norm(dim=1) / (x - near).flatten(1).norm(dim=1)
-    assert ratio.max() <= module.lipschitz * (1 + 1e-9)  # the differences round
+    assert ratio.max() <= lipschitz_bound(module) * (1 + 1e-9)  # the differences round
 
 
 ACTIVATIONS = [LipSwish, Sine, nn.Tanh, nn.Softplus, nn.ELU, nn.CELU, nn.Sigmoid, nn.Softsign, nn.LogSigmoid, nn.ReLU]

@@ -189,8 +189,7 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
         symbols = torch.einsum("oip,fp->foi", k.detach().flatten(-2).to(phases.dtype), phases)
         small = min(symbols.shape[-2:]) <= _LARGEST_EXACT_STACK
         top = _largest(_decompose(symbols)) if small or _is_hidden(k) else _certify_largest(symbols)
-        assert top.which is not None
-        phase = phases.index_select(0, top.which.reshape(1)).squeeze(0)
+        phase = phases.index_select(0, top.which.reshape(1)).squeeze(0)  # type: ignore[union-attr]
     symbol = torch.einsum("oip,p->oi", k.flatten(-2).to(phase.dtype), phase)
     return _round_up(_attach(symbol, top.bound, top.left, top.right) * excess, _result_dtype(kernel))
 

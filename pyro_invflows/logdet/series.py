@@ -56,11 +56,9 @@ class _Series:
                 f"{type(self).__name__} draws a random number of terms and does not work under torch.func; use "
                 "logdet.Exact() there."
             )
-        total = None
-        for _ in range(self.num_probes):
-            estimate = self._estimate(linearisation, event_dim)
-            total = estimate if total is None else total + estimate
-        assert total is not None
+        total = self._estimate(linearisation, event_dim)
+        for _ in range(self.num_probes - 1):
+            total = total + self._estimate(linearisation, event_dim)
         return total / self.num_probes
 
     def _estimate(self, linearisation: Any, event_dim: int) -> Tensor:

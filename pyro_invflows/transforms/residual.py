@@ -204,9 +204,7 @@ class LowRankResidual(Bijection):
         into = network.weights[0]
         if self.form == "bottleneck":
             return into, None
-        bias = network.biases[2]
-        assert bias is not None
-        return into @ network.weights[2], affine(bias, into, None)
+        return into @ network.weights[2], affine(self.bias_out, into, None)
 
     def _matrix(self, network: _Network, fold: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
         """Return the Jacobian of ``s + fold h(s)``, ``(*B, k, k)``; its determinant is that of dy/dx."""
