@@ -14,12 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_invflows.linalg.dense import solve
+from pyro_invflows.linalg.singular import (
+    both_vectors,
+    certify,
+    certify_largest,
+    decompose,
+    gram_matrix,
+    largest,
+    power_iteration,
+    rounding_factor,
+)
 
 __all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "spectral_norm_bounds"]
 
@@ -27,24 +37,8 @@ __all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "sp
 _LARGEST_EXACT = 128
 #: Many small matrices at once (the frequencies of a convolution) are decomposed up to this side.
 _LARGEST_EXACT_STACK = 12
-_KRYLOV_STEPS = 20
-_KRYLOV_RESTARTS = 6
-#: Power steps that tell which of a stack of matrices to look at, and how many are looked at before the slack grows.
-_POWER_STEPS, _SEARCHES = 4, 4
-#: By how much the bound of a large matrix may exceed the estimate (of the squared norm), tried in turn.
-_SLACKS = (1e-5, 1e-3, 1e-2)
 #: Frequencies per axis and degree of the kernel; the bound's excess is at most (1 / cos(pi / 16))^2, 4 %.
 _POINTS = 16
-
-
-class _Top(NamedTuple):
-    """The largest singular value and its vectors, without graph."""
-
-    value: Tensor  # (*B,)
-    bound: Tensor  # (*B,), never below the true norm
-    left: Tensor  # (*B, m)
-    right: Tensor  # (*B, n)
-    which: Tensor | None = None  # (*B,), where one matrix of a stack was chosen
 
 
 def spectral_norm(
@@ -90,7 +84,7 @@ def spectral_norm(
     with torch.no_grad(), _full_precision(a):
         rtol = torch.finfo(matrix.dtype).eps ** 0.75 if rtol is None else rtol
         constant = a.detach()
-        top = _decompose(constant) if _is_hidden(a) else _iterate(constant, atol or 0.0, rtol, max_steps)
+        top = decompose(constant) if _is_hidden(a) else power_iteration(constant, atol or 0.0, rtol, max_steps)
     return _attach(a, top.value, top.left, top.right).to(_result_dtype(matrix))
 
 
@@ -138,10 +132,10 @@ def _decompose_together(matrices: Sequence[Tensor]) -> list[Tensor] | None:
     with torch.no_grad(), _full_precision(matrices[0]):
         doubles = [m.detach().double() for m in matrices]
         try:
-            values, vectors = torch.linalg.eigh(torch.stack([_gram(a) for a in doubles]))
+            values, vectors = torch.linalg.eigh(torch.stack([gram_matrix(a) for a in doubles]))
         except torch.linalg.LinAlgError:  # an entry is not finite
             return None
-        top = torch.add(values[:, -1], values.sum(-1), alpha=max(_rounding(a) for a in doubles)).clamp_min(0)
+        top = torch.add(values[:, -1], values.sum(-1), alpha=max(rounding_factor(a) for a in doubles)).clamp_min(0)
         bounds = _round_up(top.sqrt(), torch.float32)
         vectors = vectors[..., -1]
     if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
@@ -154,7 +148,7 @@ def _bound_alone(matrix: Tensor) -> Tensor:
     with torch.no_grad(), _full_precision(a):
         constant = a.detach()
         small = min(a.shape[-2:]) <= _LARGEST_EXACT
-        top = _decompose(constant) if small or _is_hidden(a) else _certify(constant)
+        top = decompose(constant) if small or _is_hidden(a) else certify(constant)
     return _round_up(_attach(a, top.bound, top.left, top.right), _result_dtype(matrix))
 
 
@@ -188,188 +182,10 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
     with torch.no_grad(), _full_precision(k):
         symbols = torch.einsum("oip,fp->foi", k.detach().flatten(-2).to(phases.dtype), phases)
         small = min(symbols.shape[-2:]) <= _LARGEST_EXACT_STACK
-        top = _largest(_decompose(symbols)) if small or _is_hidden(k) else _certify_largest(symbols)
+        top = largest(decompose(symbols)) if small or _is_hidden(k) else certify_largest(symbols)
         phase = phases.index_select(0, top.which.reshape(1)).squeeze(0)  # type: ignore[union-attr]
     symbol = torch.einsum("oip,p->oi", k.flatten(-2).to(phase.dtype), phase)
     return _round_up(_attach(symbol, top.bound, top.left, top.right) * excess, _result_dtype(kernel))
-
-
-# ---------------------------------------------------------------------- values
-
-
-def _decompose(matrix: Tensor) -> _Top:
-    """Decompose the smaller Gram matrix."""
-    a, scale = _scaled(matrix)
-    values, vectors = torch.linalg.eigh(_gram(a))
-    left, right, norm = _both_vectors(a, vectors[..., -1])
-    bound = torch.add(values[..., -1], values.sum(-1), alpha=_rounding(a)).clamp_min(0).sqrt()
-    return _Top(scale * norm, scale * torch.maximum(bound, norm), left, right)
-
-
-def _iterate(matrix: Tensor, atol: float, rtol: float, max_steps: int) -> _Top:
-    """Take power steps until every matrix has converged; decompose those that have not."""
-    a, scale = _scaled(matrix)
-    v = _start(a).expand(*a.shape[:-2], a.shape[-1])
-    value = scale.new_zeros(scale.shape)
-    u = torch.zeros_like(a[..., 0])
-    done = torch.zeros_like(value, dtype=torch.bool)
-    for _ in range(max_steps):
-        u_new, value_new = _unit(torch.einsum("...mn,...n->...m", a, v))
-        back = torch.einsum("...mn,...m->...n", a.conj(), u_new)
-        error = torch.linalg.vector_norm(back - value_new.unsqueeze(-1) * v, dim=-1)
-        u = torch.where(done.unsqueeze(-1), u, u_new)
-        value = torch.where(done, value, value_new)
-        finished = error * scale <= atol + rtol * scale * value_new
-        v = torch.where((done | finished).unsqueeze(-1), v, _unit(back)[0])
-        done = done | finished | ~scale.isfinite()
-        if done.all():
-            break
-    # a smaller singular value looks converged, too, where the start misses the largest one's vector
-    gram = _gram(a)
-    limit = (value * (1 + 2 * rtol) + 2 * atol / scale.clamp_min(torch.finfo(scale.dtype).tiny)) ** 2
-    done = done & (_exceeds(limit + 4 * _trace(gram) * _rounding(a), gram) | ~scale.isfinite() | (scale == 0))
-    if not done.all():
-        exact = _decompose(matrix[~done])
-        value, u, v = value.clone(), u.clone(), v.clone()
-        value[~done], u[~done], v[~done] = exact.value / scale[~done], exact.left, exact.right
-    return _Top(scale * value, scale * value, u, v)
-
-
-def _certify(matrix: Tensor) -> _Top:
-    """Bound the norms of large matrices ``(*B, m, n)``, without a decomposition where that can be proved."""
-    a, scale = _scaled(matrix)
-    gram = _gram(a)
-    values, vectors = _krylov(gram)
-    left, right, norm = _both_vectors(a, vectors)
-    estimate, rounding = torch.maximum(values, norm.square()), _trace(gram) * _rounding(a)
-    bound, todo = estimate, torch.ones_like(estimate, dtype=torch.bool)
-    for slack in _SLACKS:
-        trial = estimate * (1 + slack) + rounding
-        proved = _exceeds(trial, gram)
-        bound = torch.where(todo & proved, trial, bound)
-        todo = todo & ~proved
-        if not todo.any():
-            return _Top(scale * norm, scale * bound.sqrt(), left, right)
-    exact = _decompose(matrix[todo])
-    top = _Top(scale * norm, scale * bound.sqrt(), left.clone(), right.clone())
-    top.value[todo], top.bound[todo], top.left[todo], top.right[todo] = exact[:4]
-    return top
-
-
-def _certify_largest(stack: Tensor) -> _Top:
-    """Bound the largest norm of a stack ``(F, m, n)``: search at a few of them, then prove it for all."""
-    _, scales = _scaled(stack)
-    scale = scales.amax()
-    if not (scale.isfinite() and scale > 0):
-        return _largest(_decompose(stack))
-    a = stack / scale
-    gram = _gram(a)
-    v = _start(gram).expand(gram.shape[:-1])
-    for _ in range(_POWER_STEPS):
-        v, estimates = _unit((gram @ v.unsqueeze(-1)).squeeze(-1))
-    which, best, found = estimates.argmax(), estimates.new_zeros(()), None
-    rounding = _trace(gram).amax() * _rounding(a)
-    for slack in (_SLACKS[0],) * _SEARCHES + _SLACKS[1:]:
-        value, vector = _krylov(gram[which])
-        left, right, norm = _both_vectors(a[which], vector)
-        value = torch.maximum(value, norm.square())
-        if found is None or value > best:
-            best, found = value, (norm, left, right, which)
-        bound = best * (1 + slack) + rounding
-        beyond = ~_exceeds(bound, gram)
-        if not beyond.any():
-            norm, left, right, which = found
-            return _Top(scale * norm, scale * bound.sqrt(), left, right, which)
-        which = torch.where(beyond, estimates, -1).argmax()
-        estimates = estimates.index_fill(0, which.reshape(1), 0)
-    return _largest(_decompose(stack))
-
-
-def _exceeds(bound: Tensor, gram: Tensor) -> Tensor:
-    """Whether ``bound I - gram`` is positive definite, by its Cholesky factorisation."""
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.cholesky_ex(bound[..., None, None] * eye - gram)[1] == 0
-
-
-def _trace(gram: Tensor) -> Tensor:
-    return gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)
-
-
-def _largest(stack: _Top) -> _Top:
-    """Choose the matrix with the largest norm from a stack."""
-    which = stack.bound.argmax().reshape(1)
-    value, bound, left, right = (t.index_select(0, which).squeeze(0) for t in stack[:4])
-    return _Top(value, bound, left, right, which.squeeze(0))
-
-
-def _krylov(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimate the largest eigenvalue and its vector from Krylov spaces, restarted from the best vector so far."""
-    x = _start(gram).expand(gram.shape[:-1])
-    value = torch.zeros(gram.shape[:-2], dtype=gram.real.dtype, device=gram.device)
-    steps = min(_KRYLOV_STEPS, gram.shape[-1])
-    limit = torch.finfo(gram.dtype).eps ** 0.75
-    for _ in range(_KRYLOV_RESTARTS):
-        basis = [_unit(x)[0].unsqueeze(-1)]
-        images = []
-        for _ in range(steps):
-            images.append(gram @ basis[-1])
-            known = torch.cat(basis, dim=-1)
-            w = images[-1]
-            for _ in range(2):  # twice is enough
-                w = w - known @ (known.mH @ w)
-            # nothing but rounding is left once the space is invariant: then a zero column, which adds nothing
-            w, image = w.squeeze(-1), torch.linalg.vector_norm(images[-1], dim=(-2, -1))
-            direction, norm = _unit(w)
-            live = (norm > image * (100 * torch.finfo(gram.dtype).eps)).unsqueeze(-1)
-            basis.append((direction * live).unsqueeze(-1))
-        q, gq = torch.cat(basis[:-1], dim=-1), torch.cat(images, dim=-1)
-        small = q.mH @ gq
-        values, vectors = torch.linalg.eigh((small + small.mH) / 2)
-        value, y = values[..., -1], vectors[..., -1:]
-        x = (q @ y).squeeze(-1)
-        error = torch.linalg.vector_norm((gq @ y).squeeze(-1) - value.unsqueeze(-1) * x, dim=-1)
-        if not (error > limit * value).any():
-            break
-    return value, x
-
-
-def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide by the largest entry, so that squares neither overflow nor vanish; where that is not finite, take 0."""
-    scale = matrix.abs().amax((-2, -1))
-    usable = (scale.isfinite() & (scale > 0))[..., None, None]
-    safe = torch.where(usable, scale[..., None, None], 1)
-    return torch.where(usable, matrix, 0) / safe, scale
-
-
-def _gram(a: Tensor) -> Tensor:
-    return a @ a.mH if a.shape[-2] <= a.shape[-1] else a.mH @ a
-
-
-def _rounding(a: Tensor) -> float:
-    """Bound what rounding did to the Gram matrix and does to its eigenvalues, in units of its trace."""
-    return torch.finfo(a.dtype).eps * (max(a.shape[-2:]) + 8 * min(a.shape[-2:]))
-
-
-def _both_vectors(a: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return left and right unit vectors and the norm, from the one that belongs to the Gram matrix."""
-    if a.shape[-2] <= a.shape[-1]:
-        other, norm = _unit((a.mH @ vector.unsqueeze(-1)).squeeze(-1))
-        return vector, other, norm
-    other, norm = _unit((a @ vector.unsqueeze(-1)).squeeze(-1))
-    return other, vector, norm
-
-
-def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale to length 1 and return the length; a zero vector stays zero, which makes the subgradient zero."""
-    norm = torch.linalg.vector_norm(vector, dim=-1)
-    return vector / norm.unsqueeze(-1).clamp_min(torch.finfo(norm.dtype).tiny), norm
-
-
-def _start(a: Tensor) -> Tensor:
-    """Return a fixed pseudo-random vector."""
-    generator = torch.Generator().manual_seed(20)
-    vector = torch.randn(a.shape[-1], generator=generator, dtype=torch.float64)
-    return (vector / vector.norm()).to(dtype=a.dtype, device=a.device)
 
 
 def _phases(kernel: Tensor) -> tuple[Tensor, float]:
@@ -469,7 +285,7 @@ class _StackedNorms(torch.autograd.Function):
 
 
 def _single_vectors(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    left, right, _ = _both_vectors(matrix.double(), vector)
+    left, right, _ = both_vectors(matrix.double(), vector)
     return left.float(), right.float()
 
 
