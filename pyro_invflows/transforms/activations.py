@@ -7,6 +7,7 @@ Ingkiriwang (2005), *One-step neural network inversion with PDF learning and emu
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -44,9 +45,16 @@ _SELU_ALPHA = 1.6732632423543772
 _SELU_SCALE = 1.0507009873554805
 
 
+def _next_below(value: float, dtype: torch.dtype) -> float:
+    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)).item()
+
+
+_next_below_once = functools.lru_cache(maxsize=256)(_next_below)  # which the compiler does not look into
+
+
 def _below(value: float, dtype: torch.dtype) -> float:
     """Return the largest float of ``dtype`` below ``value``."""
-    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)).item()
+    return _next_below(value, dtype) if torch.compiler.is_compiling() else _next_below_once(value, dtype)
 
 
 def _above(value: float, dtype: torch.dtype) -> float:
