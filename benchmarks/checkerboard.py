@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--lipschitz", type=float, default=0.999)
     parser.add_argument("--activation", choices=["sine", "lipswish"], default="sine")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
