@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
-from pyro_invflows.solvers.rows import Residual, State, iterate
+from pyro_invflows.solvers.rows import Residual, State, Step, iterate
 from pyro_invflows.solvers.solution import Settings, Solution, in_transform, where_rows
 
 __all__ = ["Anderson", "FixedPoint", "Newton", "dense_jacobian"]
@@ -58,7 +58,9 @@ class FixedPoint(Settings):
         scale: Tensor | None = None,
         gather: bool = True,
     ) -> Solution:
-        def step(residual: Residual, x: Tensor, r: Tensor, state: State, args: State) -> tuple[Tensor, Tensor, State]:
+        def step(
+            residual: Residual, x: Tensor, r: Tensor, state: State, args: State, seeking: Tensor
+        ) -> tuple[Tensor, Tensor, State]:
             x = x - self.damping * r
             return x, residual(x, *args), state
 
@@ -114,7 +116,9 @@ class Anderson(Settings):
         )
         slots = torch.arange(self.memory, device=x0.device)
 
-        def step(residual: Residual, x: Tensor, r: Tensor, state: State, args: State) -> tuple[Tensor, Tensor, State]:
+        def step(
+            residual: Residual, x: Tensor, r: Tensor, state: State, args: State, seeking: Tensor
+        ) -> tuple[Tensor, Tensor, State]:
             dx, dr, count = state
             flat = r.reshape(*count.shape, 1, size)
             gram = (dr @ dr.mT).double() if dr.device.type != "mps" else dr @ dr.mT
@@ -202,7 +206,7 @@ class Newton(Settings):
             return _solve_rows(jacobian, r.flatten(x.dim() - event_dim)).reshape(r.shape)
 
         direction = dense if step is None else step
-        one_step = _damped(direction, event_dim, self.max_halvings)
+        one_step = _damped(direction, event_dim, self.max_halvings, gather)
         return iterate(
             self, residual, x0, args, one_step, event_dim=event_dim, scale=scale, gather=gather, polish=self.polish
         )
@@ -220,28 +224,35 @@ def _solve_rows(matrix: Tensor, rhs: Tensor) -> Tensor:
         )
 
 
-def _damped(direction: Callable[..., Tensor], event_dim: int, max_halvings: int) -> Callable[..., tuple]:
-    """Return Newton's step with backtracking on the residual's norm."""
+def _damped(direction: Callable[..., Tensor], event_dim: int, max_halvings: int, gather: bool) -> Step:
+    """Return Newton's step with backtracking on the residual's norm, in the rows that need it."""
 
     def norm(r: Tensor) -> Tensor:
         return r.flatten(-event_dim).norm(dim=-1) if event_dim else r.abs()
 
-    def step(residual: Residual, x: Tensor, r: Tensor, state: State, args: State) -> tuple[Tensor, Tensor, State]:
+    def step(
+        residual: Residual, x: Tensor, r: Tensor, state: State, args: State, seeking: Tensor
+    ) -> tuple[Tensor, Tensor, State]:
         d = direction(x, r, *args)
-        before = norm(r)
         new_x = x - d
         new_r = residual(new_x, *args)
         if in_transform(x):
             return new_x, new_r, state
+        before = norm(r)
         fraction = 1.0
         for _ in range(max_halvings):
-            # NaN fails the comparison too; rows at rounding need no descent
-            poor = ~(norm(new_r) <= (1 - 1e-4 * fraction) * before) & (before > 0)
+            # NaN fails the comparison too
+            poor = seeking & ~(norm(new_r) <= (1 - 1e-4 * fraction) * before)
             if not poor.any():
                 break
             fraction /= 2
-            new_x = where_rows(poor, x - fraction * d, new_x)
-            new_r = where_rows(poor, residual(new_x, *args), new_r)
+            if gather and poor.numel() > 1:
+                some = x[poor] - fraction * d[poor]
+                new_x = new_x.index_put((poor,), some)
+                new_r = new_r.index_put((poor,), residual(some, *(a[poor] for a in args)))
+            else:
+                new_x = where_rows(poor, x - fraction * d, new_x)
+                new_r = where_rows(poor, residual(new_x, *args), new_r)
         return new_x, new_r, state
 
     return step

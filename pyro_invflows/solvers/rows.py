@@ -16,7 +16,8 @@ _GATHER_BELOW = 0.75
 
 Residual = Callable[..., Tensor]
 State = tuple[Tensor, ...]
-Step = Callable[[Residual, Tensor, Tensor, State, tuple[Tensor, ...]], tuple[Tensor, Tensor, State]]
+#: ``step(residual, x, r, state, args, seeking)``; seeking rows have not met their tolerance yet.
+Step = Callable[[Residual, Tensor, Tensor, State, tuple[Tensor, ...], Tensor], tuple[Tensor, Tensor, State]]
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def iterate(
         residual: ``residual(x, *args) -> f(x) - y``, row by row.
         x0: Starting point ``(*B, *E)``.
         args: Tensors whose leading dimensions are B (expanded views will do).
-        step: ``step(residual, x, r, state, args) -> x, r, state``.
+        step: ``step(residual, x, r, state, args, seeking) -> x, r, state``; of the rows that are not seeking, steps that
+            do not improve the residual are not taken, so that no effort need go into them.
         state: Tensors with the leading dimensions B that a step hands on to the next.
         event_dim: Number of dimensions of E.
         scale: ``|y|`` in the tolerance, shaped like x0; default x0.
@@ -82,7 +84,7 @@ def iterate(
                 active = torch.ones_like(met)
         # a row that has not met its tolerance within max_steps is not polished
         active = active & ((steps < settings.max_steps) | met)
-        new_x, new_r, state = step(residual, x, r, state, args)
+        new_x, new_r, state = step(residual, x, r, state, args, active & ~met)
         new_error = row_max(new_r, event_dim)
         new_met = (new_error <= tolerance) & new_error.isfinite()
         # while polishing, only improvements are taken

@@ -290,7 +290,10 @@ class LowRankResidual(Bijection):
         network, slopes = aux
         if isinstance(slopes, Tensor):  # the solution in the hidden dimensions, found where nobody wants a gradient
             slopes = self._hidden(network, slopes)[1]
-        return linalg.log_abs_det(self._matrix(network, self._fold(network)[0], slopes))
+        into, weights = network.weights[0], network.weights
+        if self.form == "bottleneck":
+            return linalg.contraction_log_det(into, slopes[0], weights[1])
+        return linalg.contraction_log_det(into @ weights[2], slopes[1], weights[1], slopes[0])
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, hidden_dim={self.hidden_dim}, form={self.form!r}, lipschitz={self.lipschitz}"

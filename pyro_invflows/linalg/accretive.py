@@ -1,0 +1,115 @@
+r"""Determinants of :math:`I + M` with |M| < 1, for many small matrices at once.
+
+The symmetric part of such a matrix is positive definite, and so is that of every Schur complement of it: elimination
+needs no pivots (Mathias 1992, *Matrices with positive definite Hermitian part*), and without them one step serves all
+matrices, where LAPACK takes them one by one. For that the batch comes last in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_invflows.linalg.cyclic import cyclic_product
+from pyro_invflows.linalg.dense import log_abs_det
+
+__all__ = ["contraction_log_det"]
+
+#: Up to this size, and from so many rows of all matrices together on, elimination is faster than LAPACK on the CPU.
+_LARGEST, _FEWEST_ROWS = 32, 2000
+#: Entries that are worked on together: they should stay in the cache.
+_CHUNK = 2**18
+
+
+def contraction_log_det(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None = None) -> Tensor:
+    r"""Return :math:`\log\det(I + A\, \mathrm{diag}(s)\, B\, \mathrm{diag}(t))`, the product being a contraction.
+
+    Args:
+        left: A, ``(k, n)``.
+        slope: s, ``(*B, n)``.
+        right: B, ``(n, k)``.
+        outer: t, ``(*B, k)``; None for ones.
+
+    Returns:
+        ``(*B,)``, in O(n k^2 + k^3) a point. Differentiable to any order. If the product has a norm of 1 or more, the
+        result may be NaN or inaccurate.
+    """
+    if outer is not None and outer.shape[:-1] != slope.shape[:-1]:
+        batch = torch.broadcast_shapes(outer.shape[:-1], slope.shape[:-1])
+        slope, outer = slope.expand(*batch, -1), outer.expand(*batch, -1)
+    if not _pays(left, slope):
+        return _plain(left, slope, right, outer)
+    batch = slope.shape[:-1]
+    flat = (slope.reshape(-1, slope.shape[-1]), None if outer is None else outer.reshape(-1, outer.shape[-1]))
+    return _ContractionLogDet.apply(left, flat[0], right, flat[1]).reshape(batch)
+
+
+def _plain(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> Tensor:
+    """Return the same by torch's own operations."""
+    if outer is None:
+        product = cyclic_product([right, left], [slope, None])
+    else:
+        product = cyclic_product([left.mT, right.mT], [slope, outer])  # transposed
+    return log_abs_det(product + torch.eye(product.shape[-1], dtype=product.dtype, device=product.device))
+
+
+def _pays(left: Tensor, slope: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    suited = slope.device.type == "cpu" and left.dtype == slope.dtype and left.dtype in (torch.float32, torch.float64)
+    return suited and left.shape[0] <= _LARGEST and left.shape[0] * slope.shape[:-1].numel() >= _FEWEST_ROWS
+
+
+class _ContractionLogDet(torch.autograd.Function):
+    """With slopes ``(B, n)`` and ``(B, k)``, for reverse mode; the backward pass uses that d log det A = tr(A^-1 dA)."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> Tensor:
+        size = left.shape[0]
+        pairs = (left.unsqueeze(1) * right.mT.unsqueeze(0)).flatten(0, 1)  # (k k, n)
+        product = (pairs @ slope.mT).unflatten(0, (size, size))  # (k, k, B)
+        inverse = product.clone() if outer is None else product * outer.mT.contiguous()
+        inverse.diagonal().add_(1)
+        value = _invert(inverse)
+        ctx.save_for_backward(left, slope, right, outer, pairs, None if outer is None else product, inverse)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, slope, right, outer, pairs, product, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives may follow
+            inputs = [None if t is None else t.view_as(t) for t in (left, slope, right, outer)]
+            wanted = [t for t in inputs if t is not None and t.requires_grad]
+            grads = iter(torch.autograd.grad(_plain(*inputs), wanted, grad, create_graph=True))
+            return tuple(next(grads) if t is not None and t.requires_grad else None for t in inputs)
+        change = inverse.transpose(0, 1) * grad  # of the matrix
+        to_outer = None
+        if outer is not None:
+            to_outer = (change * product).sum(0).mT
+            change *= outer.mT.contiguous()
+        change = change.flatten(0, 1)
+        to_pairs = (change @ slope).unflatten(0, inverse.shape[:2])  # (k, k, n)
+        to_left = (to_pairs * right.mT).sum(1)
+        to_right = (to_pairs * left.unsqueeze(1)).sum(0).mT
+        return to_left, (pairs.mT @ change).mT, to_right, to_outer
+
+
+def _invert(matrix: Tensor) -> Tensor:
+    """Invert matrices ``(n, n, B)`` in place; return the logarithms of their determinants ``(B,)``."""
+    size, count = matrix.shape[-2:]
+    pivots = matrix.new_empty(size, count)
+    width = max(1, _CHUNK // size**2)
+    for part, diagonal in zip(matrix.split(width, -1), pivots.split(width, -1), strict=True):
+        for i in range(size):
+            # one update of rank one does it all: (a_i - e_i)(a^i + e_i)^T / a_ii
+            column = part[:, i].clone()
+            pivot = diagonal[i].copy_(column[i])
+            row = part[i] / pivot
+            row[i] += pivot.reciprocal()
+            column[i] -= 1
+            part.addcmul_(column.unsqueeze(1), row.unsqueeze(0), value=-1)
+    return pivots.log().sum(0)
