@@ -114,6 +114,31 @@ def test_newton_is_damped_where_the_plain_step_cycles():
     assert not Newton(max_halvings=0, max_steps=30)(f, y, y).converged.all()
 
 
+@pytest.mark.parametrize("gather", [True, False])
+def test_newton_halves_only_the_steps_that_need_it(gather):
+    """One row that cycles undamped among easy ones: they are not evaluated again, nor once they are at rounding."""
+    sizes = []
+
+    def f(x, y):
+        sizes.append(x.shape[0])
+        return x + 20 * torch.tanh(x) - y
+
+    y = torch.linspace(0.1, 1.0, 50, dtype=torch.float64).unsqueeze(-1)
+    easy = Newton()(f, y / 21, y, step=lambda x, r, y: r / (1 + 20 / torch.cosh(x) ** 2), gather=gather)
+    assert easy.converged.all()
+    assert len(sizes) == 1 + easy.num_steps.max()  # no step was halved, polishing included
+    y[7] = 15.0
+    start = torch.where(y == 15.0, y, y / 21)
+    alone = Newton()(f, start[7:8], y[7:8], step=lambda x, r, y: r / (1 + 20 / torch.cosh(x) ** 2))
+    sizes.clear()
+    both = Newton()(f, start, y, step=lambda x, r, y: r / (1 + 20 / torch.cosh(x) ** 2), gather=gather)
+    assert both.converged.all()
+    torch.testing.assert_close(both.value[7], alone.value[0])
+    if gather:
+        assert sizes.count(50) <= 1 + easy.num_steps.max()
+        assert sizes.count(1) >= alone.num_steps.max() - easy.num_steps.max()
+
+
 def test_newton_takes_a_structured_step():
     y = torch.randn(5, 3, dtype=torch.float64)
     scale = torch.rand(5, 3, dtype=torch.float64) + 1

@@ -65,7 +65,7 @@ def _pays(left: Tensor, slope: Tensor) -> bool:
 
 
 class _ContractionLogDet(torch.autograd.Function):
-    """With slopes ``(B, n)`` and ``(B, k)``, for reverse mode; the backward pass uses that d log det A = tr(A^-1 dA)."""
+    r"""With slopes ``(B, n)`` and ``(B, k)``, for reverse mode, by :math:`d \log\det A = \mathrm{tr}(A^{-1} dA)`."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> Tensor:
@@ -82,10 +82,12 @@ class _ContractionLogDet(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, slope, right, outer, pairs, product, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives may follow
-            inputs = [None if t is None else t.view_as(t) for t in (left, slope, right, outer)]
-            wanted = [t for t in inputs if t is not None and t.requires_grad]
-            grads = iter(torch.autograd.grad(_plain(*inputs), wanted, grad, create_graph=True))
-            return tuple(next(grads) if t is not None and t.requires_grad else None for t in inputs)
+            # views, so that one that was computed from another does not count twice
+            views = [None if t is None else t.view_as(t) for t in (left, slope, right, outer)]
+            wanted = [t for t in views if t is not None and t.requires_grad]
+            value = _plain(*views)  # type: ignore[arg-type]
+            grads = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
+            return tuple(next(grads) if t is not None and t.requires_grad else None for t in views)
         change = inverse.transpose(0, 1) * grad  # of the matrix
         to_outer = None
         if outer is not None:
@@ -104,12 +106,16 @@ def _invert(matrix: Tensor) -> Tensor:
     pivots = matrix.new_empty(size, count)
     width = max(1, _CHUNK // size**2)
     for part, diagonal in zip(matrix.split(width, -1), pivots.split(width, -1), strict=True):
-        for i in range(size):
+        # views and buffers made once: at these sizes every call counts
+        column, row = torch.empty_like(part[:, :1]), torch.empty_like(part[:1])
+        into_column, into_row, inverse = column.squeeze(1), row.squeeze(0), torch.empty_like(part[0, 0])
+        views = (part.unbind(1), part.unbind(0), into_column.unbind(0), into_row.unbind(0), diagonal.unbind(0))
+        for columns, rows, corner, scaled, pivot in zip(*views, strict=True):
             # one update of rank one does it all: (a_i - e_i)(a^i + e_i)^T / a_ii
-            column = part[:, i].clone()
-            pivot = diagonal[i].copy_(column[i])
-            row = part[i] / pivot
-            row[i] += pivot.reciprocal()
-            column[i] -= 1
-            part.addcmul_(column.unsqueeze(1), row.unsqueeze(0), value=-1)
+            into_column.copy_(columns)
+            pivot.copy_(corner)
+            torch.div(rows, pivot, out=into_row)
+            scaled.add_(torch.reciprocal(pivot, out=inverse))
+            corner.sub_(1)
+            part.addcmul_(column, row, value=-1)
     return pivots.log().sum(0)

@@ -41,8 +41,8 @@ def iterate(
         residual: ``residual(x, *args) -> f(x) - y``, row by row.
         x0: Starting point ``(*B, *E)``.
         args: Tensors whose leading dimensions are B (expanded views will do).
-        step: ``step(residual, x, r, state, args, seeking) -> x, r, state``; of the rows that are not seeking, steps that
-            do not improve the residual are not taken, so that no effort need go into them.
+        step: ``step(residual, x, r, state, args, seeking) -> x, r, state``. Rows that are not seeking keep their point
+            where a step does not improve it: no effort need go into them.
         state: Tensors with the leading dimensions B that a step hands on to the next.
         event_dim: Number of dimensions of E.
         scale: ``|y|`` in the tolerance, shaped like x0; default x0.

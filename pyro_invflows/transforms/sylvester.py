@@ -346,7 +346,7 @@ class GeneralizedSylvester(Bijection):
         def residual(v: Tensor, z: Tensor, *context: Tensor) -> Tensor:
             return relative(v, z, self._coefficients(v, *context))
 
-        def sweep(_: Any, v: Tensor, r: Tensor, state: Any, arguments: Any) -> tuple[Tensor, Tensor, Any]:
+        def sweep(_: Any, v: Tensor, r: Tensor, state: Any, arguments: Any, seeking: Any) -> tuple[Tensor, Tensor, Any]:
             z, *context = arguments
             log_a, d, t, u = state
             v = self._pull(solve_tanh(self._target(z, log_a, t, u), d).value, log_a, t)

@@ -1,0 +1,139 @@
+"""Determinants of ``I + A diag(s) B diag(t)`` by elimination of all points at once, against torch's LU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyro_invflows import LowRankResidual, call_and_ladj, linalg
+from pyro_invflows.linalg import accretive
+
+
+def factors(k: int, n: int, points: int, norm: float, dtype: torch.dtype, outer: bool = True) -> list:
+    """Draw factors whose product has at most the norm."""
+    torch.manual_seed(0)
+    left, right = torch.randn(k, n, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
+    left, right = left / torch.linalg.matrix_norm(left, 2), norm * right / torch.linalg.matrix_norm(right, 2)
+    slopes = [2 * torch.rand(points, m, dtype=torch.float64) - 1 for m in (n, k)]
+    drawn = [left, slopes[0], right, *slopes[1 : 1 + outer]]
+    return [t.to(dtype).requires_grad_() for t in drawn]
+
+
+def reference(left, slope, right, outer=None):
+    product = left @ torch.diag_embed(slope) @ right
+    if outer is not None:
+        product = product @ torch.diag_embed(outer)
+    return torch.linalg.slogdet(torch.eye(len(left), dtype=left.dtype) + product)[1]
+
+
+def is_eliminated(value: torch.Tensor) -> bool:
+    """Whether the value came from elimination, not from torch's operations."""
+    node = value.grad_fn
+    while node is not None and "ContractionLogDet" not in type(node).__name__:
+        node = node.next_functions[0][0] if node.next_functions else None
+    return node is not None
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize(("k", "n", "points"), [(1, 3, 2000), (2, 2, 1000), (7, 40, 300), (28, 28, 500), (32, 5, 70)])
+def test_value_and_gradients(k, n, points, outer):
+    # 500 matrices of side 28 are worked on in two parts
+    given = factors(k, n, points, 0.999, torch.float64, outer)
+    value, expected = linalg.contraction_log_det(*given), reference(*given)
+    assert is_eliminated(value)
+    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+    weight = torch.randn(points, dtype=torch.float64)
+    got = torch.autograd.grad(value, given, weight)
+    torch.testing.assert_close(got, torch.autograd.grad(expected, given, weight), rtol=1e-8, atol=1e-9)
+
+
+def test_without_pivots_near_the_bound():
+    """Rotations by 180 degrees less a little, scaled to 0.999: the worst pivots and condition there are."""
+    k, points = 6, 400
+    angle = torch.linspace(3.0, 3.14159, k // 2, dtype=torch.float64)
+    blocks = [torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]], dtype=torch.float64) for a in angle]
+    q = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    left = (0.999 * q @ torch.block_diag(*blocks) @ q.mT).requires_grad_()
+    one, eye = torch.ones(points, k, dtype=torch.float64), torch.eye(k, dtype=torch.float64)
+    exact = reference(left, one, eye).detach()
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-3)):  # float32 holds I + M only to eps / 1e-3
+        value = linalg.contraction_log_det(*(t.to(dtype) for t in (left, one, eye, one)))
+        assert is_eliminated(value)
+        torch.testing.assert_close(value.double(), exact, rtol=0, atol=tolerance)
+
+
+def test_second_derivatives(monkeypatch):
+    monkeypatch.setattr(accretive, "_FEWEST_ROWS", 0)
+    for outer in (True, False):
+        given = factors(3, 4, 2, 0.9, torch.float64, outer)
+        assert is_eliminated(linalg.contraction_log_det(*given))
+        assert torch.autograd.gradcheck(linalg.contraction_log_det, given)
+        assert torch.autograd.gradgradcheck(linalg.contraction_log_det, given)
+
+
+def test_shared_factors_in_second_derivatives(monkeypatch):
+    """Slopes that depend on a factor: each path counts once."""
+    monkeypatch.setattr(accretive, "_FEWEST_ROWS", 0)
+    left, slope, right, outer = factors(3, 4, 2, 0.9, torch.float64)
+
+    def function(left):
+        return linalg.contraction_log_det(left, (slope * left.sum()).tanh(), right, outer * left.mean())
+
+    assert torch.autograd.gradgradcheck(function, left)
+
+
+def test_batches_broadcast_and_keep_their_shape():
+    left, slope, right, outer = factors(4, 5, 600, 0.9, torch.float64)
+    with torch.no_grad():
+        expected = reference(left, slope.reshape(3, 200, 5), right, outer[:1])
+    value = linalg.contraction_log_det(left, slope.reshape(3, 200, 5), right, outer[:1])
+    assert is_eliminated(value)
+    torch.testing.assert_close(value, expected)
+
+
+def test_a_bad_point_stays_alone():
+    left, slope, right, outer = factors(4, 5, 600, 0.9, torch.float32)
+    with torch.no_grad():
+        slope[7] = torch.nan
+        expected = reference(left, slope, right, outer)
+    value = linalg.contraction_log_det(left, slope, right, outer)
+    assert is_eliminated(value)
+    torch.testing.assert_close(value, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert value.isnan().nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("form", ["bottleneck", "sandwich"])
+def test_layer_gives_the_same_either_way(form, monkeypatch):
+    """Values, gradients and sampled directions of a layer, by elimination and by torch's operations."""
+    torch.manual_seed(0)
+    layer = LowRankResidual(20, form=form).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    x = torch.randn(700, 20, dtype=torch.float64)
+    results = []
+    for fewest in (0, 10**9):
+        monkeypatch.setattr(accretive, "_FEWEST_ROWS", fewest)
+        for function in (layer, layer.inv):
+            y, ladj = call_and_ladj(function, x.clone())
+            assert is_eliminated(ladj if function is layer else -ladj) == (fewest == 0)
+            grads = torch.autograd.grad((y * x).sum() + ladj.sum(), list(layer.parameters()))
+            results.append((y, ladj, *grads))
+    half = len(results) // 2
+    for one, other in zip(results[:half], results[half:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_other_modes_give_the_same():
+    """Without a graph, under vmap and forward mode, by torch's operations."""
+    given = factors(4, 5, 600, 0.9, torch.float64)
+    value = linalg.contraction_log_det(*given)
+    with torch.no_grad():
+        torch.testing.assert_close(linalg.contraction_log_det(*given), value)
+    left, slope, right, outer = (t.detach() for t in given)
+    mapped = torch.vmap(lambda s, t: linalg.contraction_log_det(left, s, right, t))(slope, outer)
+    torch.testing.assert_close(mapped, value)
+    tangent = torch.randn_like(slope)
+    _, directional = torch.func.jvp(lambda s: linalg.contraction_log_det(left, s, right, outer), (slope,), (tangent,))
+    (gradient,) = torch.autograd.grad(value.sum(), given[1])
+    torch.testing.assert_close(directional, (gradient * tangent).sum(-1))
