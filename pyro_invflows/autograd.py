@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["first_order_only", "outside_inference_mode"]
+__all__ = ["first_order_only", "full_precision", "outside_inference_mode", "without_autocast"]
 
 
 def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,6 +25,26 @@ def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args)
         with torch.inference_mode(False), torch.no_grad():
             return method(self, *(a.clone() if isinstance(a, Tensor) else a for a in args))
+
+    return run
+
+
+def without_autocast(value: Tensor) -> Any:
+    """Switch autocast off, under which products are rounded to half precision."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(value.device.type, enabled=False)
+
+
+def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a method that solves equations to a tolerance outside autocast, which would keep it out of reach."""
+
+    @functools.wraps(method)
+    def run(self: Any, value: Tensor) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return method(self, value)
+        with without_autocast(value):
+            return method(self, value.float() if value.dtype in (torch.float16, torch.bfloat16) else value)
 
     return run
 

@@ -125,11 +125,13 @@ class Conditional(ConditionalTransformModule):
                 f"Conditional needs a context of shape (*B, {self.context_dim}), but got {tuple(context.shape)}."
             )
         reference = next(self.parameters(), context)
-        if reference.dtype != context.dtype and not torch._C._is_any_autocast_enabled():
-            raise TypeError(
-                f"Conditional: context and parameters must have the same dtype, but got {context.dtype} and "
-                f"{reference.dtype}. Convert one of them."
-            )
+        if reference.dtype != context.dtype:
+            if not torch._C._is_any_autocast_enabled():
+                raise TypeError(
+                    f"Conditional: context and parameters must have the same dtype, but got {context.dtype} and "
+                    f"{reference.dtype}. Convert one of them."
+                )
+            context = context.to(reference.dtype)
         batch = context.shape[:-1]
         pieces: Iterator[Tensor] = iter(())
         if self.hypernet is not None:

@@ -58,6 +58,8 @@ def _plain(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> 
 def _pays(left: Tensor, slope: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._is_any_autocast_enabled():
+        return False
     if not torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
         return False
     suited = slope.device.type == "cpu" and left.dtype == slope.dtype and left.dtype in (torch.float32, torch.float64)

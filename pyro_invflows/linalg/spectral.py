@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_invflows.autograd import without_autocast
 from pyro_invflows.linalg.dense import solve
 from pyro_invflows.linalg.singular import (
     both_vectors,
@@ -81,7 +81,7 @@ def spectral_norm(
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
         raise ValueError(f"spectral_norm: max_steps must be an int of at least 0, but got {max_steps!r}.")
     a = _double(matrix)
-    with torch.no_grad(), _full_precision(a):
+    with torch.no_grad(), without_autocast(a):
         rtol = torch.finfo(matrix.dtype).eps ** 0.75 if rtol is None else rtol
         constant = a.detach()
         top = decompose(constant) if _is_hidden(a) else power_iteration(constant, atol or 0.0, rtol, max_steps)
@@ -129,7 +129,7 @@ def spectral_norm_bounds(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 def _decompose_together(matrices: Sequence[Tensor]) -> list[Tensor] | None:
     """Bound float32 matrices with one decomposition: in double precision their squares neither overflow nor vanish."""
-    with torch.no_grad(), _full_precision(matrices[0]):
+    with torch.no_grad(), without_autocast(matrices[0]):
         doubles = [m.detach().double() for m in matrices]
         try:
             values, vectors = torch.linalg.eigh(torch.stack([gram_matrix(a) for a in doubles]))
@@ -145,7 +145,7 @@ def _decompose_together(matrices: Sequence[Tensor]) -> list[Tensor] | None:
 
 def _bound_alone(matrix: Tensor) -> Tensor:
     a = _double(matrix)
-    with torch.no_grad(), _full_precision(a):
+    with torch.no_grad(), without_autocast(a):
         constant = a.detach()
         small = min(a.shape[-2:]) <= _LARGEST_EXACT
         top = decompose(constant) if small or _is_hidden(a) else certify(constant)
@@ -179,7 +179,7 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
         return spectral_norm_bound(kernel[..., 0, 0])
     k = _double(kernel)
     phases, excess = _phases(k)
-    with torch.no_grad(), _full_precision(k):
+    with torch.no_grad(), without_autocast(k):
         symbols = torch.einsum("oip,fp->foi", k.detach().flatten(-2).to(phases.dtype), phases)
         small = min(symbols.shape[-2:]) <= _LARGEST_EXACT_STACK
         top = largest(decompose(symbols)) if small or _is_hidden(k) else certify_largest(symbols)
@@ -364,13 +364,6 @@ def _result_dtype(value: Tensor) -> torch.dtype:
 
 def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
     return (value * (1 + 2 * torch.finfo(dtype).eps)).to(dtype)
-
-
-def _full_precision(value: Tensor) -> Any:
-    """Switch autocast off, under which products are rounded to half precision."""
-    if not torch._C._is_any_autocast_enabled():
-        return nullcontext()
-    return torch.autocast(value.device.type, enabled=False)
 
 
 def _is_hidden(value: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
 
-from pyro_invflows.autograd import outside_inference_mode
+from pyro_invflows.autograd import full_precision, outside_inference_mode
 from pyro_invflows.base import Bijection, call_and_ladj
 from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
@@ -157,6 +157,7 @@ class NumericalInverse(Bijection):
         event_dim = self.domain.event_dim
         self._event_shape(value.shape, event_dim, inverse)
 
+    @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that one imports the compiler.

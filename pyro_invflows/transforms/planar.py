@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
+from pyro_invflows.autograd import full_precision
 from pyro_invflows.base import Bijection
 from pyro_invflows.conditional import Conditional
 from pyro_invflows.solvers import Newton, tanh_root, tanh_slope
@@ -106,6 +107,7 @@ class Planar(Bijection):
         h = torch.tanh(self._project(x))
         return torch.addcmul(x, h, u), (h, d)
 
+    @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         u, d = self._direction()
         h = torch.tanh(tanh_root(self._project(y), d, self.solver, owner="Planar"))
@@ -182,6 +184,7 @@ class Radial(Bijection):
         r = self._norm(difference)
         return torch.addcmul(x, (d - 1) * (alpha / (alpha + r)), difference), (r, alpha, d)
 
+    @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         alpha, d = self._constants()
         difference = y - self.centre

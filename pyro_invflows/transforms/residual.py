@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.autograd import outside_inference_mode
+from pyro_invflows.autograd import full_precision, outside_inference_mode
 from pyro_invflows.base import Bijection
 from pyro_invflows.checks import positive_int
 from pyro_invflows.compose import Chain
@@ -222,6 +222,7 @@ class LowRankResidual(Bijection):
         h, slopes = self._hidden(network, affine(x, network.weights[0], network.biases[0]))
         return x + self._out(network, h), (network, slopes)
 
+    @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[_Network, Any]]:
         network = self._network()
         fold, shift = self._fold(network)
@@ -447,6 +448,7 @@ class ContractiveResidual(Bijection):
         with held_weights(store):
             return self.log_det(self._linearise(self._expand(x)) if linearisation is None else linearisation, -self.dim)
 
+    @full_precision
     @outside_inference_mode
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[None, Any]]:
         with held_weights() as store:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
+from pyro_invflows.autograd import full_precision
 from pyro_invflows.base import Bijection
 from pyro_invflows.checks import positive_int
 from pyro_invflows.conditional import Conditional
@@ -173,6 +174,7 @@ class Sylvester(Bijection):
         h = torch.tanh(linalg.rows_times(x, into) + self.bias)
         return x + linalg.rows_times(h, out.mT), (h, d)
 
+    @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         out, into, first, second, d = self._matrices()
         c = linalg.rows_times(y, into) + self.bias
@@ -309,6 +311,7 @@ class GeneralizedSylvester(Bijection):
         push, h = self._push(v, log_a, d, t, u)
         return x + self._rotate(push), (h, d)
 
+    @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         z = self._rotate(y, transpose=True)
         if self.context is not None:
