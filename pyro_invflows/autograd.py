@@ -10,7 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["first_order_only", "full_precision", "outside_inference_mode", "without_autocast"]
+__all__ = [
+    "first_order_only",
+    "full_precision",
+    "gradients_with_graph",
+    "in_reverse_mode_only",
+    "outside_inference_mode",
+    "without_autocast",
+]
+
+
+def in_reverse_mode_only() -> bool:
+    """Whether a graph is being built for the backward pass and for nothing else.
+
+    There a hand-written function without forward mode and ``torch.func`` will do; under autocast it would have to
+    follow its rules.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return torch.is_grad_enabled()
+
+
+def gradients_with_graph(
+    function: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a hand-written function in a way that can be differentiated again.
+
+    For a backward pass that finds gradients enabled. Not cheap: it evaluates the function once more.
+
+    Args:
+        function: The same by torch's own operations, of the same inputs; returns a tensor or a tuple of them.
+        inputs: As saved, with the graph that made them.
+        grads: Of the outputs.
+    """
+    # views, so that an input that was computed from another does not count twice
+    views = [None if t is None else t.view_as(t) for t in inputs]
+    wanted = [t for t in views if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(function(*views), wanted, grads, create_graph=True, allow_unused=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in views)
 
 
 def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -128,6 +128,30 @@ def test_activations(make):
         torch.testing.assert_close(closed, slope)
 
 
+@pytest.mark.parametrize("make", [LipSwish, Sine, nn.Tanh])
+def test_derivatives_of_slopes(make):
+    """To the point and to the activation's own parameters, twice."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make().double()
+
+        def forward(self, x):
+            return value_and_slope(self.inner, x)
+
+    module = Both()
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x, *parameters):
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+    x = torch.tensor([-30.0, -2.0, -0.3, 0.0, 1e-9, 0.7, 3.0, 40.0], dtype=F64, requires_grad=True)
+    inputs = (x, *module.parameters())
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
 @pytest.mark.parametrize(("make", "true"), [(nn.SiLU, 1.0998), (nn.GELU, 1.1289), (nn.Mish, 1.0884), (nn.SELU, 1.758)])
 def test_steep_activations_are_refused(make, true):
     x = torch.linspace(-5, 5, 100_001, dtype=F64, requires_grad=True)

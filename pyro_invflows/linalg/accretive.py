@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_invflows.autograd import gradients_with_graph, in_reverse_mode_only
 from pyro_invflows.linalg.cyclic import cyclic_product
 from pyro_invflows.linalg.dense import log_abs_det
 
@@ -56,14 +57,9 @@ def _plain(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> 
 
 
 def _pays(left: Tensor, slope: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch._C._is_any_autocast_enabled():
-        return False
-    if not torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
-        return False
     suited = slope.device.type == "cpu" and left.dtype == slope.dtype and left.dtype in (torch.float32, torch.float64)
-    return suited and left.shape[0] <= _LARGEST and left.shape[0] * slope.shape[:-1].numel() >= _FEWEST_ROWS
+    enough = left.shape[0] <= _LARGEST and left.shape[0] * slope.shape[:-1].numel() >= _FEWEST_ROWS
+    return suited and enough and in_reverse_mode_only()
 
 
 class _ContractionLogDet(torch.autograd.Function):
@@ -84,12 +80,7 @@ class _ContractionLogDet(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, slope, right, outer, pairs, product, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives may follow
-            # views, so that one that was computed from another does not count twice
-            views = [None if t is None else t.view_as(t) for t in (left, slope, right, outer)]
-            wanted = [t for t in views if t is not None and t.requires_grad]
-            value = _plain(*views)  # type: ignore[arg-type]
-            grads = iter(torch.autograd.grad(value, wanted, grad, create_graph=True))
-            return tuple(next(grads) if t is not None and t.requires_grad else None for t in views)
+            return gradients_with_graph(_plain, (left, slope, right, outer), (grad,))
         change = inverse.transpose(0, 1) * grad  # of the matrix
         to_outer = None
         if outer is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pyro_invflows.autograd import gradients_with_graph, in_reverse_mode_only
 
 __all__ = ["LipSwish", "Sine", "value_and_slope"]
 
@@ -32,10 +35,8 @@ class LipSwish(nn.Module):
 
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the value and its derivative."""
-        beta = self._beta()
-        s = torch.sigmoid(beta * x)
-        value = x * s * (1 / 1.1)
-        return value, torch.addcmul(s * (1 / 1.1), beta * value, 1 - s)
+        both = _SwishAndSlope.apply if in_reverse_mode_only() else _swish_and_slope
+        return both(x, self._beta())
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self._beta() * x) * (1 / 1.1)
@@ -46,6 +47,39 @@ class LipSwish(nn.Module):
         beta = self._beta().item()
         factor = 1 / (1.1 * beta)
         return lambda x: F.silu(beta * x) * factor
+
+
+def _swish_and_slope(x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(beta * x)
+    value = x * s * (1 / 1.1)
+    return value, torch.addcmul(s * (1 / 1.1), beta * value, 1 - s)
+
+
+class _SwishAndSlope(torch.autograd.Function):
+    r"""The same for reverse mode, in fewer operations: networks may be so narrow that each call has its price.
+
+    With :math:`z = \beta x`, :math:`r = \sigma (1 - \sigma) / 1.1` and :math:`q = r (2 + z (1 - 2 \sigma))` the
+    derivatives of the slope are :math:`\beta q` to x and :math:`x q` to beta; the value's to beta is :math:`x^2 r`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        z = beta * x
+        s = torch.sigmoid(z)
+        part = s * (1 / 1.1)
+        r = part * (1 - s)
+        slope = torch.addcmul(part, z, r)
+        ctx.save_for_backward(x, beta, z, s, r, slope)
+        return x * part, slope
+
+    @staticmethod
+    def backward(ctx: Any, to_value: Tensor, to_slope: Tensor) -> tuple[Tensor | None, ...]:
+        x, beta, z, s, r, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives may follow
+            return gradients_with_graph(_swish_and_slope, (x, beta), (to_value, to_slope))
+        change = to_slope * r * (2 + z * (1 - 2 * s))
+        to_beta = torch.addcmul(change, to_value * x, r).mul_(x).sum() if ctx.needs_input_grad[1] else None
+        return torch.addcmul(to_value * slope, change, beta), to_beta
 
 
 class Sine(nn.Module):
