@@ -15,6 +15,7 @@ __all__ = [
     "full_precision",
     "gradients_with_graph",
     "in_reverse_mode_only",
+    "is_autocast",
     "outside_inference_mode",
     "without_autocast",
 ]
@@ -28,7 +29,7 @@ def in_reverse_mode_only() -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0:
+    if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0 or torch._C._is_tracing():
         return False
     return torch.is_grad_enabled()
 
@@ -68,22 +69,34 @@ def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_HALF = torch.float16, torch.bfloat16
+
+
+def is_autocast(value: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    if not torch._C._is_any_autocast_enabled() or value.is_meta:
+        return False
+    return torch.is_autocast_enabled(value.device.type)
+
+
 def without_autocast(value: Tensor) -> Any:
     """Switch autocast off, under which products are rounded to half precision."""
-    if not torch._C._is_any_autocast_enabled():
-        return nullcontext()
-    return torch.autocast(value.device.type, enabled=False)
+    return torch.autocast(value.device.type, enabled=False) if is_autocast(value) else nullcontext()
 
 
 def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a method that solves equations to a tolerance outside autocast, which would keep it out of reach."""
+    """Run a module's method outside autocast, in the precision of its parameters.
+
+    For what solves equations to a tolerance, which autocast would keep out of reach, and for determinants.
+    """
 
     @functools.wraps(method)
-    def run(self: Any, value: Tensor) -> Any:
-        if not torch._C._is_any_autocast_enabled():
-            return method(self, value)
+    def run(self: Any, value: Tensor, *args: Any) -> Any:
+        if not is_autocast(value) or any(p.dtype in _HALF for p in self.parameters()):
+            return method(self, value, *args)
         with without_autocast(value):
-            return method(self, value.float() if value.dtype in (torch.float16, torch.bfloat16) else value)
+            given = (v.float() if isinstance(v, Tensor) and v.dtype in _HALF else v for v in (value, *args))
+            return method(self, *given)
 
     return run
 

@@ -96,7 +96,8 @@ class Bijection(TransformModule):
     parameters, buffers, ``requires_grad``, modes, autocast, tensor versions. The log-det uses it up; a sample that is
     never scored stays until the next call or ``clear_cache()``.
 
-    No value depends on whether the memo was warm. What autograd can see does: ``t.inv(y)`` of a ``y`` that this layer
+    No value depends on whether the memo was warm (under autocast, none by more than it rounds). What autograd can see
+    does: ``t.inv(y)`` of a ``y`` that this layer
     just produced returns the very ``x`` it came from, whose graph does not pass through ``y`` (as with torch's own
     cache), so that a derivative with respect to that ``y`` silently lacks this path. Differentiate with respect to
     ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring, or use ``cache_size=0``. The one known
@@ -389,7 +390,7 @@ class Bijection(TransformModule):
         children: list[nn.Module | None] = []
         flags: list[Any] = [torch.is_grad_enabled()]
         if torch._C._is_any_autocast_enabled():
-            flags.append(torch.get_autocast_dtype(x.device.type))
+            flags.append(None if x.is_meta else torch.get_autocast_dtype(x.device.type))
         for module in (self, *kept[0]):
             attributes = module.__dict__
             flags.append(attributes["training"])

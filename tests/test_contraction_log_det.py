@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -47,13 +49,24 @@ def test_value_and_gradients(k, n, points, outer):
     torch.testing.assert_close(got, torch.autograd.grad(expected, given, weight), rtol=1e-8, atol=1e-9)
 
 
-def test_without_pivots_near_the_bound():
-    """Rotations by 180 degrees less a little, scaled to 0.999: the worst pivots and condition there are."""
-    k, points = 6, 400
-    angle = torch.linspace(3.0, 3.14159, k // 2, dtype=torch.float64)
-    blocks = [torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]], dtype=torch.float64) for a in angle]
+def _near_the_bound(kind: str, k: int = 6) -> torch.Tensor:
+    """Matrices of norm 0.999 with small pivots, large ones, or the worst condition."""
     q = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
-    left = (0.999 * q @ torch.block_diag(*blocks) @ q.mT).requires_grad_()
+    if kind == "reflection":
+        return -0.999 * torch.eye(k, dtype=torch.float64)
+    if kind == "orthogonal":
+        return 0.999 * q
+    low, high = (3.0, 3.14159) if kind == "half turns" else (math.acos(-0.999), math.acos(-0.999) + 1e-3)
+    turns = [
+        torch.tensor([[a.cos(), -a.sin()], [a.sin(), a.cos()]]) for a in torch.linspace(low, high, k // 2).double()
+    ]
+    return 0.999 * q @ torch.block_diag(*turns) @ q.mT
+
+
+@pytest.mark.parametrize("kind", ["half turns", "arc", "orthogonal", "reflection"])
+def test_without_pivots_near_the_bound(kind):
+    k, points = 6, 400
+    left = _near_the_bound(kind).requires_grad_()
     one, eye = torch.ones(points, k, dtype=torch.float64), torch.eye(k, dtype=torch.float64)
     exact = reference(left, one, eye).detach()
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-3)):  # float32 holds I + M only to eps / 1e-3
@@ -79,6 +92,11 @@ def test_shared_factors_in_second_derivatives(monkeypatch):
     def function(left):
         return linalg.contraction_log_det(left, (slope * left.sum()).tanh(), right, outer * left.mean())
 
+    value = function(left)
+    assert is_eliminated(value)
+    (plain,) = torch.autograd.grad(value.sum(), left, retain_graph=True)
+    (with_graph,) = torch.autograd.grad(value.sum(), left, create_graph=True)
+    torch.testing.assert_close(with_graph, plain)  # which gradgradcheck would not notice
     assert torch.autograd.gradgradcheck(function, left)
 
 
@@ -104,7 +122,7 @@ def test_a_bad_point_stays_alone():
 
 @pytest.mark.parametrize("form", ["bottleneck", "sandwich"])
 def test_layer_gives_the_same_either_way(form, monkeypatch):
-    """Values, gradients and sampled directions of a layer, by elimination and by torch's operations."""
+    """Values and gradients of both directions, by elimination and by torch's operations."""
     torch.manual_seed(0)
     layer = LowRankResidual(20, form=form).double()
     with torch.no_grad():
@@ -124,16 +142,34 @@ def test_layer_gives_the_same_either_way(form, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
-def test_other_modes_give_the_same():
-    """Without a graph, under vmap and forward mode, by torch's operations."""
-    given = factors(4, 5, 600, 0.9, torch.float64)
+def test_other_modes_give_the_same(monkeypatch):
+    """No graph, frozen inputs, vmap, forward mode, autocast: torch's operations."""
+    monkeypatch.setattr(accretive, "_FEWEST_ROWS", 0)
+    given = factors(4, 5, 60, 0.9, torch.float64)
     value = linalg.contraction_log_det(*given)
+    _, slope, right, outer = frozen = [t.detach() for t in given]
     with torch.no_grad():
         torch.testing.assert_close(linalg.contraction_log_det(*given), value)
-    left, slope, right, outer = (t.detach() for t in given)
-    mapped = torch.vmap(lambda s, t: linalg.contraction_log_det(left, s, right, t))(slope, outer)
+    assert not is_eliminated(linalg.contraction_log_det(*frozen))
+    mapped = torch.vmap(lambda s, t: linalg.contraction_log_det(given[0], s, right, t))(slope, outer)
     torch.testing.assert_close(mapped, value)
     tangent = torch.randn_like(slope)
-    _, directional = torch.func.jvp(lambda s: linalg.contraction_log_det(left, s, right, outer), (slope,), (tangent,))
-    (gradient,) = torch.autograd.grad(value.sum(), given[1])
+    (gradient,) = torch.autograd.grad(value.sum(), given[1], retain_graph=True)
+    with torch.autograd.forward_ad.dual_level():
+        dual = linalg.contraction_log_det(given[0], torch.autograd.forward_ad.make_dual(slope, tangent), right, outer)
+        directional = torch.autograd.forward_ad.unpack_dual(dual).tangent
     torch.testing.assert_close(directional, (gradient * tangent).sum(-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        single = [t.float().detach().requires_grad_() for t in given]
+        assert not is_eliminated(linalg.contraction_log_det(*single))
+
+
+def test_batched_gradients():
+    given = factors(4, 5, 500, 0.9, torch.float64)
+    value = linalg.contraction_log_det(*given)
+    assert is_eliminated(value)
+    weights = torch.randn(3, 500, dtype=torch.float64)
+    batched = torch.autograd.grad(value, given, weights, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(value, given, w, retain_graph=True) for w in weights]
+    for got, expected in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(expected))

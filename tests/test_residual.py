@@ -381,3 +381,26 @@ def test_bad_input():
 
     with pytest.raises(ValueError, match="is for vectors"):
         pf.ContractiveResidual(WithContext(), dim=-3)
+
+
+@pytest.mark.parametrize("dim", [-1, -3])
+def test_a_backward_pass_inside_autocast(dim):
+    """Its iterative solve keeps to its tolerance, too."""
+    layer = pf.contractive_residual(*((40,) if dim == -1 else (2, [4])), dim=dim)
+    scatter(layer, 0.3)
+    y = torch.randn(4, *((40,) if dim == -1 else (2, 4, 5)))
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            x = layer.inv(y.clone())
+            grads.append(torch.autograd.grad(x.square().sum(), list(layer.parameters())))
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)  # the parameters' part of the graph may round
+
+
+@pytest.mark.parametrize("make", [pf.planar, pf.low_rank_residual, pf.contractive_residual])
+def test_half_precision_layers_may_be_under_autocast(make):
+    """They are as they were: their parameters say in what precision they work."""
+    layer = make(4).bfloat16()
+    y = torch.randn(3, 4).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.inv(y).isfinite().all()

@@ -114,6 +114,13 @@ def test_newton_is_damped_where_the_plain_step_cycles():
     assert not Newton(max_halvings=0, max_steps=30)(f, y, y).converged.all()
 
 
+def test_newton_on_numbers():
+    y = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    solution = Newton()(lambda x, y: x**3 + x - y, y, y, event_dim=0)
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value**3 + solution.value, y)
+
+
 @pytest.mark.parametrize("gather", [True, False])
 def test_newton_halves_only_the_steps_that_need_it(gather):
     """One row that cycles undamped among easy ones: they are not evaluated again, nor once they are at rounding."""

@@ -1,6 +1,6 @@
 """Linear algebra that several layers share. Tensors in, tensors out; nothing here knows a transform."""
 
-from pyro_invflows.linalg.accretive import contraction_log_det
+from pyro_invflows.linalg.accretive import contraction_log_det, contraction_matrix
 from pyro_invflows.linalg.cyclic import cyclic_product, narrowest
 from pyro_invflows.linalg.dense import log_abs_det, solve
 from pyro_invflows.linalg.frames import thin_frame
@@ -28,6 +28,7 @@ from pyro_invflows.linalg.triangular import positive, positive_inverse, split_tr
 __all__ = [
     "BLOCK_SIZE",
     "contraction_log_det",
+    "contraction_matrix",
     "convolution_norm_bound",
     "cyclic_product",
     "householder_product",

@@ -16,12 +16,21 @@ from pyro_invflows.autograd import gradients_with_graph, in_reverse_mode_only
 from pyro_invflows.linalg.cyclic import cyclic_product
 from pyro_invflows.linalg.dense import log_abs_det
 
-__all__ = ["contraction_log_det"]
+__all__ = ["contraction_log_det", "contraction_matrix"]
 
 #: Up to this size, and from so many rows of all matrices together on, elimination is faster than LAPACK on the CPU.
 _LARGEST, _FEWEST_ROWS = 32, 2000
 #: Entries that are worked on together: they should stay in the cache.
 _CHUNK = 2**18
+
+
+def contraction_matrix(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None = None) -> Tensor:
+    r"""Return :math:`I + A\, \mathrm{diag}(s)\, B\, \mathrm{diag}(t)` for each point, ``(*B, k, k)``; see below."""
+    if outer is None:
+        product = cyclic_product([right, left], [slope, None])
+    else:
+        product = cyclic_product([left.mT, right.mT], [slope, outer]).mT
+    return product + torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
 
 
 def contraction_log_det(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None = None) -> Tensor:
@@ -40,7 +49,7 @@ def contraction_log_det(left: Tensor, slope: Tensor, right: Tensor, outer: Tenso
     if outer is not None and outer.shape[:-1] != slope.shape[:-1]:
         batch = torch.broadcast_shapes(outer.shape[:-1], slope.shape[:-1])
         slope, outer = slope.expand(*batch, -1), outer.expand(*batch, -1)
-    if not _pays(left, slope):
+    if not _pays(left, slope, right, outer):
         return _plain(left, slope, right, outer)
     batch = slope.shape[:-1]
     flat = (slope.reshape(-1, slope.shape[-1]), None if outer is None else outer.reshape(-1, outer.shape[-1]))
@@ -49,17 +58,16 @@ def contraction_log_det(left: Tensor, slope: Tensor, right: Tensor, outer: Tenso
 
 def _plain(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> Tensor:
     """Return the same by torch's own operations."""
-    if outer is None:
-        product = cyclic_product([right, left], [slope, None])
-    else:
-        product = cyclic_product([left.mT, right.mT], [slope, outer])  # transposed
-    return log_abs_det(product + torch.eye(product.shape[-1], dtype=product.dtype, device=product.device))
+    return log_abs_det(contraction_matrix(left, slope, right, outer))
 
 
-def _pays(left: Tensor, slope: Tensor) -> bool:
-    suited = slope.device.type == "cpu" and left.dtype == slope.dtype and left.dtype in (torch.float32, torch.float64)
-    enough = left.shape[0] <= _LARGEST and left.shape[0] * slope.shape[:-1].numel() >= _FEWEST_ROWS
-    return suited and enough and in_reverse_mode_only()
+def _pays(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> bool:
+    if left.shape[0] > _LARGEST or left.shape[0] * slope.shape[:-1].numel() < _FEWEST_ROWS:
+        return False
+    given = [t for t in (left, slope, right, outer) if t is not None]
+    suited = slope.device.type == "cpu" and left.dtype in (torch.float32, torch.float64)
+    alike = all(t.dtype == left.dtype for t in given)
+    return suited and alike and any(t.requires_grad for t in given) and in_reverse_mode_only()
 
 
 class _ContractionLogDet(torch.autograd.Function):
@@ -70,7 +78,7 @@ class _ContractionLogDet(torch.autograd.Function):
         size = left.shape[0]
         pairs = (left.unsqueeze(1) * right.mT.unsqueeze(0)).flatten(0, 1)  # (k k, n)
         product = (pairs @ slope.mT).unflatten(0, (size, size))  # (k, k, B)
-        inverse = product.clone() if outer is None else product * outer.mT.contiguous()
+        inverse = product if outer is None else product * outer.mT.contiguous()
         inverse.diagonal().add_(1)
         value = _invert(inverse)
         ctx.save_for_backward(left, slope, right, outer, pairs, None if outer is None else product, inverse)
@@ -86,8 +94,8 @@ class _ContractionLogDet(torch.autograd.Function):
         if outer is not None:
             to_outer = (change * product).sum(0).mT
             change *= outer.mT.contiguous()
-        change = change.flatten(0, 1)
-        to_pairs = (change @ slope).unflatten(0, inverse.shape[:2])  # (k, k, n)
+        change = change.reshape(pairs.shape[0], -1)  # flatten() has no rule for batched gradients
+        to_pairs = (change @ slope).reshape(*inverse.shape[:2], -1)  # (k, k, n)
         to_left = (to_pairs * right.mT).sum(1)
         to_right = (to_pairs * left.unsqueeze(1)).sum(0).mT
         return to_left, (pairs.mT @ change).mT, to_right, to_outer

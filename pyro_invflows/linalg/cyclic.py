@@ -33,6 +33,7 @@ def cyclic_product(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], s
     Returns:
         ``(*B, n_start, n_start)``, in O(n_start * sum n_i n_{i-1}) a point.
     """
+    slopes = [None if s is None else s.to(weights[0].dtype) for s in slopes]  # autocast may have rounded them
     factors: list[tuple[Tensor, Tensor | None]] = []
     for weight, slope in [*zip(weights, slopes, strict=True)][start:] + [*zip(weights, slopes, strict=True)][:start]:
         if factors and factors[-1][1] is None:  # nothing in between: one matrix for all points

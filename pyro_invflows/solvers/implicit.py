@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
-from pyro_invflows.autograd import first_order_only
+from pyro_invflows.autograd import first_order_only, without_autocast
 from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
 from pyro_invflows.solvers.solution import Settings, finish, row_max, where_rows
 
@@ -172,7 +172,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        v = _solve_transposed(ctx, grad.detach())
+        with without_autocast(grad):
+            v = _solve_transposed(ctx, grad.detach())
         (result,) = first_order_only([-v], (grad, *ctx.saved_tensors), ctx.owner + _FIRST_ORDER)
         return result, *(None,) * 8
 

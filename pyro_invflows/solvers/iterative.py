@@ -203,7 +203,7 @@ class Newton(Settings):
             bad = ~jacobian.isfinite().all(-1).all(-1)
             eye = torch.eye(jacobian.shape[-1], dtype=x.dtype, device=x.device)
             jacobian = where_rows(bad, eye.expand_as(jacobian), jacobian)
-            return _solve_rows(jacobian, r.flatten(x.dim() - event_dim)).reshape(r.shape)
+            return _solve_rows(jacobian, r.reshape(jacobian.shape[:-1])).reshape(r.shape)
 
         direction = dense if step is None else step
         one_step = _damped(direction, event_dim, self.max_halvings, gather)

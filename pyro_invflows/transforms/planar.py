@@ -184,7 +184,6 @@ class Radial(Bijection):
         r = self._norm(difference)
         return torch.addcmul(x, (d - 1) * (alpha / (alpha + r)), difference), (r, alpha, d)
 
-    @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         alpha, d = self._constants()
         difference = y - self.centre

@@ -80,6 +80,9 @@ class _Network(NamedTuple):
     norm: Tensor  # of the first matrix
 
 
+_Factors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
 class LowRankResidual(Bijection):
     r"""Moves points by a narrow network that is a contraction.
 
@@ -199,21 +202,14 @@ class LowRankResidual(Bijection):
     def _out(self, network: _Network, h: Tensor) -> Tensor:
         return h if self.form == "bottleneck" else affine(h, network.weights[2], network.biases[2])
 
-    def _fold(self, network: _Network) -> tuple[Tensor, Tensor | None]:
-        """Return what leads from the last activation back to s: a matrix with k rows, and a shift."""
-        into = network.weights[0]
-        if self.form == "bottleneck":
-            return into, None
-        return into @ network.weights[2], affine(self.bias_out, into, None)
+    def _fold(self, network: _Network) -> Tensor:
+        """Return what leads from the last activation back to s, a matrix with k rows."""
+        return network.weights[0] if self.form == "bottleneck" else network.weights[0] @ network.weights[2]
 
-    def _matrix(self, network: _Network, fold: Tensor, slopes: tuple[Tensor, ...]) -> Tensor:
-        """Return the Jacobian of ``s + fold h(s)``, ``(*B, k, k)``; its determinant is that of dy/dx."""
-        if self.form == "bottleneck":
-            product = linalg.cyclic_product([network.weights[1], fold], [slopes[0], None])
-        else:
-            first, second = slopes
-            product = linalg.cyclic_product([fold.mT, network.weights[1].mT], [second, first]).mT
-        return product + torch.eye(self.hidden_dim, dtype=product.dtype, device=product.device)
+    def _factors(self, network: _Network, fold: Tensor, slopes: tuple[Tensor, ...]) -> _Factors:
+        """Return A, s, B, t: the Jacobian of ``s + fold h(s)``, whose determinant is that of dy/dx, is I + A s B t."""
+        first, *second = slopes
+        return (fold, second[0], network.weights[1], first) if second else (fold, first, network.weights[1], None)
 
     # ------------------------------------------------------------------ hooks
 
@@ -225,10 +221,10 @@ class LowRankResidual(Bijection):
     @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[_Network, Any]]:
         network = self._network()
-        fold, shift = self._fold(network)
+        fold = self._fold(network)
         c = affine(y, network.weights[0], network.biases[0])
-        if shift is not None:
-            c = c - shift
+        if self.form == "sandwich":
+            c = c - affine(self.bias_out, network.weights[0], None)
         if self._batch_shape:
             c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
 
@@ -236,7 +232,7 @@ class LowRankResidual(Bijection):
             lambda s: self._hidden_value(network, s, self.activation),
             fold,
             lambda s: self._hidden(network, s)[1],
-            lambda slopes: self._matrix(network, fold, slopes),
+            lambda slopes: linalg.contraction_matrix(*self._factors(network, fold, slopes)),
         )
         frozen = None if in_transform(c) else getattr(self.activation, "frozen", None)
         activation = self.activation if frozen is None else frozen()
@@ -287,14 +283,12 @@ class LowRankResidual(Bijection):
             solution = finish_by_fixed_point(solution, scaled, start, (c,), self.lipschitz, unit=unit, **how)
         return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
 
+    @full_precision
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, Any]) -> Tensor:
         network, slopes = aux
         if isinstance(slopes, Tensor):  # the solution in the hidden dimensions, found where nobody wants a gradient
             slopes = self._hidden(network, slopes)[1]
-        into, weights = network.weights[0], network.weights
-        if self.form == "bottleneck":
-            return linalg.contraction_log_det(into, slopes[0], weights[1])
-        return linalg.contraction_log_det(into @ weights[2], slopes[1], weights[1], slopes[0])
+        return linalg.contraction_log_det(*self._factors(network, self._fold(network), slopes))
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, hidden_dim={self.hidden_dim}, form={self.form!r}, lipschitz={self.lipschitz}"
@@ -442,6 +436,7 @@ class ContractiveResidual(Bijection):
             # a graph would only cost memory
             return x + self._call_net(x, *self._context(x.shape[: self.dim])), (None, store)
 
+    @full_precision
     @outside_inference_mode
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Linearisation | None, Any]) -> Tensor:
         linearisation, store = aux
