@@ -43,9 +43,9 @@ class LipSwish(nn.Module):
 
     @torch.no_grad()
     def frozen(self) -> Callable[[Tensor], Tensor]:
-        """Return the function with beta as a number, for the loops of a solver; no gradient to beta."""
-        beta = self._beta().item()
-        factor = 1 / (1.1 * beta)
+        """Return the function with beta as a constant, for the loops of a solver; no gradient to beta."""
+        beta = self._beta()
+        factor = (1.1 * beta).reciprocal()  # a tensor: a number would be made one at every call
         return lambda x: F.silu(beta * x) * factor
 
 
