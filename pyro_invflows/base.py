@@ -97,11 +97,11 @@ class Bijection(TransformModule):
     never scored stays until the next call or ``clear_cache()``.
 
     No value depends on whether the memo was warm (under autocast, none by more than it rounds). What autograd can see
-    does: ``t.inv(y)`` of a ``y`` that this layer
-    just produced returns the very ``x`` it came from, whose graph does not pass through ``y`` (as with torch's own
-    cache), so that a derivative with respect to that ``y`` silently lacks this path. Differentiate with respect to
-    ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring, or use ``cache_size=0``. The one known
-    hole: an in-place edit through ``.data`` between sampling and scoring the same tensor object cannot be seen.
+    does: ``t.inv(y)`` of a ``y`` that this layer just produced returns the very ``x`` it came from, whose graph does
+    not pass through ``y`` (as with torch's own cache), so that a derivative with respect to that ``y`` silently lacks
+    this path. Differentiate with respect to ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring,
+    or use ``cache_size=0``. The one known hole: an in-place edit through ``.data`` between sampling and scoring the
+    same tensor object cannot be seen.
 
     Args:
         input_dim: Event size along ``dim``; ``None`` accepts any size.

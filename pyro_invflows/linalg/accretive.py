@@ -25,7 +25,10 @@ _CHUNK = 2**18
 
 
 def contraction_matrix(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None = None) -> Tensor:
-    r"""Return :math:`I + A\, \mathrm{diag}(s)\, B\, \mathrm{diag}(t)` for each point, ``(*B, k, k)``; see below."""
+    r"""Return :math:`I + A\, \mathrm{diag}(s)\, B\, \mathrm{diag}(t)` for each point, ``(*B, k, k)``.
+
+    Arguments as in :func:`contraction_log_det`.
+    """
     if outer is None:
         product = cyclic_product([right, left], [slope, None])
     else:

@@ -80,6 +80,7 @@ class _Network(NamedTuple):
     norm: Tensor  # of the first matrix
 
 
+#: A, s, B and t of :func:`~pyro_invflows.linalg.contraction_log_det`.
 _Factors = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
