@@ -256,8 +256,9 @@ class Bijection(TransformModule):
         try:
             if self.__dict__.get("_pyro_samples"):  # all reads in one evaluation see one draw
                 with self._pyro_context:
-                    return hook(value)
-            return hook(value)
+                    result = hook(value)
+            else:
+                result = hook(value)
         except RuntimeError as error:
             if not isinstance(error, NotImplementedError):
                 for name, tensor in self.named_parameters():
@@ -267,6 +268,10 @@ class Bijection(TransformModule):
                         except TypeError as clearer:
                             raise clearer from error
             raise
+        if not isinstance(result, tuple) or len(result) != 2:  # a batch of two would be unpacked without a word
+            name = "_inverse_aux must return (x, aux)" if inverse else "_forward_aux must return (y, aux)"
+            raise TypeError(f"{type(self).__name__}.{name}, with aux None where there is none.")
+        return result
 
     def _evaluate(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return y and aux, checked, without looking at the memo."""

@@ -138,6 +138,20 @@ def test_autocast_may_mix_dtypes():
         assert layer(torch.randn(3, 4)).isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [2, 3])
+def test_hooks_that_forget_the_aux_say_so(rows):
+    class Forgetful(pf.Bijection):
+        def _forward_aux(self, x):
+            return 2 * x
+
+        def _inverse_aux(self, y):
+            return y / 2
+
+    for call, match in ((Forgetful(3), "_forward_aux must"), (Forgetful(3).inv, "_inverse_aux must")):
+        with pytest.raises(TypeError, match=match):
+            call(torch.randn(rows, 3))
+
+
 def test_hooks_that_are_missing_say_so():
     class Empty(pf.Bijection):
         pass

@@ -72,6 +72,19 @@ def test_one_context_scores_any_data(case):
 
 
 @pytest.mark.parametrize("case", CONDITIONAL)
+@pytest.mark.parametrize("batch", [(70,), (2, 40)], ids=str)
+def test_many_contexts(case, batch):
+    """Batches larger than whatever a layer looks at first."""
+    conditional, base = build(case)
+    context = torch.randn(*batch, CONTEXT_DIM, dtype=torch.float64)
+    layer, x = conditional.condition(context), base.sample(batch)
+    y = layer(x).detach().clone()
+    torch.testing.assert_close(layer.inv(y).detach(), x, rtol=1e-7, atol=1e-7)
+    some = (0,) * (len(batch) - 1) + (slice(60, 70) if batch[-1] == 70 else slice(30, 40),)
+    torch.testing.assert_close(conditional.condition(context[some]).inv(y[some]), layer.inv(y.clone())[some])
+
+
+@pytest.mark.parametrize("case", CONDITIONAL)
 def test_equal_contexts_get_independent_noise(case):
     conditional, base = build(case)
     context = torch.ones(4, CONTEXT_DIM, dtype=torch.float64)

@@ -179,3 +179,17 @@ def test_priors_and_hmc():
     x = mcmc.get_samples()["x"]
     exact = flow().sample((20000,))
     assert ((x.mean(0) - exact.mean(0)).abs() < 0.6 * exact.std(0)).all()
+
+
+def test_solvers_refuse_to_be_traced():
+    """A trace would keep the number of steps that the first data took."""
+    flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [pf.low_rank_residual(3)])
+    data = torch.randn(5, 3)
+
+    def model():
+        pyro.module("flow", flow)
+        with pyro.plate("n", 5):
+            pyro.sample("y", flow(), obs=data)
+
+    with pytest.warns(), pytest.raises(NotImplementedError, match="JitTrace_ELBO"):
+        JitTrace_ELBO(ignore_jit_warnings=True).loss_and_grads(model, lambda: None)

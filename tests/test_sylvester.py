@@ -443,3 +443,23 @@ def test_failure_names_the_layer():
 def test_bad_input(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_a_bad_row_leaves_the_gradients_of_the_others_alone(bad):
+    """Also those of the transposed system, which is solved for all rows together."""
+    torch.manual_seed(0)
+    layer = scatter(pf.generalized_sylvester(8, [16]), 1.0).double().requires_grad_(False)
+    y = torch.randn(4, 8, dtype=torch.float64)
+    y[0, 0] = bad
+    whole, alone = y.clone().requires_grad_(), y[1:].clone().requires_grad_()
+    (got,) = torch.autograd.grad(layer.inv(whole)[1:].square().sum(), whole)
+    (expected,) = torch.autograd.grad(layer.inv(alone).square().sum(), alone)
+    torch.testing.assert_close(got[1:], expected)
+
+
+def test_an_empty_batch_has_gradients():
+    y = torch.zeros(0, 3, requires_grad=True)
+    layer = pf.generalized_sylvester(3, [8])
+    layer.inv(y).sum().backward()
+    assert y.grad.shape == (0, 3)

@@ -35,13 +35,22 @@ class FoldedEquation(NamedTuple):
         return s + F.linear(self.hidden(s), self.fold) - c
 
 
-def chord_steps(equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+def chord_steps(
+    equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor, gather: bool = True
+) -> tuple[Tensor, Tensor]:
     """Take steps with one matrix for all rows, that of their mean slopes: no more than two products each.
+
+    Args:
+        equation: What to solve.
+        s: Where to start.
+        c: The right-hand side.
+        unit: Size of a step in s that counts like one of 1 in y.
+        gather: Whether the equation may be evaluated at some of the rows.
 
     Returns:
         The points, and which of them solve the equation to rounding.
     """
-    some = (s if s.dim() != 2 else s[:_SLOPE_ROWS]).nan_to_num(0)  # a bad row must not spoil the mean
+    some = (s[:_SLOPE_ROWS] if gather and s.dim() == 2 else s).nan_to_num(0)  # a bad row must not spoil the mean
     mean = tuple(slope.reshape(-1, slope.shape[-1]).mean(0) for slope in equation.slopes(some))
     inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
     keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse

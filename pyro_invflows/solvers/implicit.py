@@ -63,7 +63,7 @@ def implicit_gradient(
 
     Raises:
         ValueError: if the structure or the order is unknown, or they do not go together.
-        NotImplementedError: later, in a second derivative at order 1.
+        NotImplementedError: later, in a second derivative at order 1; at once under ``torch.jit.trace``.
         ConvergenceError: later, if the iterative solve fails in the backward pass.
 
     Example:
@@ -85,6 +85,11 @@ def implicit_gradient(
         )
     if structure == "autoregressive" and diagonal is None:
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
+    if torch._C._is_tracing():
+        raise NotImplementedError(
+            f"{owner}: torch.jit.trace (JitTrace_ELBO) would keep the steps that these data took for all data to come. "
+            "Use Trace_ELBO, or torch.compile."
+        )
     x = x.detach()
     functorch = torch._C._are_functorch_transforms_active()
     # autograd functions that a compiler cannot trace are avoided where the Jacobian is known
@@ -215,7 +220,9 @@ def _solve_transposed(ctx: Any, grad: Tensor) -> Tensor:
         for _ in range(x.shape[-ctx.event_dim :].numel()):
             # what the diagonal neglects is nilpotent: at most E sweeps, usually far fewer
             error = grad - vjp(v)
-            if not (error.abs() > limit * (grad.abs().amax() + v.abs().amax())).any():
+            # row by row: one that is not finite must not stop the others
+            size = row_max(grad, ctx.event_dim) + row_max(v, ctx.event_dim)
+            if not (row_max(error, ctx.event_dim) > limit * size).any():
                 break
             v = v + error / slope
         return v

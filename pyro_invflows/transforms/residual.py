@@ -257,7 +257,7 @@ class LowRankResidual(Bijection):
         unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
         if self.solver is not None or in_transform(c):
             return self._newton(equation, c, y, unit, self.solver or Newton())
-        s, done = chord_steps(equation, c, c, unit)
+        s, done = chord_steps(equation, c, c, unit, gather=not self._batch_shape)
         if done.all():
             return s
         if self._batch_shape:  # batched biases belong to their rows
