@@ -17,6 +17,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_invflows.checks import positive_int
 
@@ -71,6 +72,25 @@ def sum_rightmost(value: Tensor, count: int) -> Tensor:
     return value.sum(tuple(range(-count, 0))) if count else value
 
 
+_optimiser_steps: int | None = None
+
+
+def _watch_optimisers() -> None:
+    """Count the steps of all optimisers from now on.
+
+    Fused ones, and several of Pyro's, change parameters without a new tensor version.
+    """
+    global _optimiser_steps
+    if _optimiser_steps is None:
+        _optimiser_steps = 0
+        register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(*_: Any) -> None:
+    global _optimiser_steps
+    _optimiser_steps += 1  # type: ignore[operator]
+
+
 class Bijection(TransformModule):
     r"""An invertible layer: a torch ``Transform`` that is also an ``nn.Module``.
 
@@ -93,15 +113,16 @@ class Bijection(TransformModule):
     **The memo.** torch and Pyro ask for ``t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)`` in separate calls, and
     variational inference scores the sample it just drew. The last evaluation is therefore remembered and may
     answer the opposite direction once, for the very same tensor object, while nothing it depends on has changed:
-    parameters, buffers, ``requires_grad``, modes, autocast, tensor versions. The log-det uses it up; a sample that is
-    never scored stays until the next call or ``clear_cache()``.
+    parameters, buffers, ``requires_grad``, modes, autocast, tensor versions, the steps of any optimiser. The log-det
+    uses it up; a sample that is never scored stays until the next call or ``clear_cache()``.
 
-    No value depends on whether the memo was warm (under autocast, none by more than it rounds). What autograd can see
-    does: ``t.inv(y)`` of a ``y`` that this layer just produced returns the very ``x`` it came from, whose graph does
-    not pass through ``y`` (as with torch's own cache), so that a derivative with respect to that ``y`` silently lacks
-    this path. Differentiate with respect to ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring,
-    or use ``cache_size=0``. The one known hole: an in-place edit through ``.data`` between sampling and scoring the
-    same tensor object cannot be seen.
+    Apart from rounding (what half precision or a saturated activation lost) and from sub-networks that are random
+    (dropout), no value depends on whether the memo was warm. What autograd can see does: ``t.inv(y)`` of a ``y`` that
+    this layer just produced returns the very ``x`` it came from, whose graph does not pass through ``y`` (as with
+    torch's own cache), so that a derivative with respect to that ``y`` silently lacks this path. Differentiate with
+    respect to ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring, or use ``cache_size=0``. The
+    one known hole: an in-place edit through ``.data`` between sampling and scoring the same tensor object cannot be
+    seen.
 
     Args:
         input_dim: Event size along ``dim``; ``None`` accepts any size.
@@ -364,6 +385,7 @@ class Bijection(TransformModule):
             return
         if (self._cache_size == 0 and not self._only_own_sample) or torch._C._are_functorch_transforms_active():
             return
+        _watch_optimisers()
         stamp = self._stamp(x, y)
         self._memo = None if stamp is None else _Entry(x, y, aux, direction, *stamp)
 
@@ -393,7 +415,7 @@ class Bijection(TransformModule):
             kept = self._kept = modules[1:], tuple(child for m in modules for child in m._modules.values())
         tensors: list[Tensor | None] = self._foreign_tensors()
         children: list[nn.Module | None] = []
-        flags: list[Any] = [torch.is_grad_enabled()]
+        flags: list[Any] = [torch.is_grad_enabled(), _optimiser_steps]
         if torch._C._is_any_autocast_enabled():
             flags.append(None if x.is_meta else torch.get_autocast_dtype(x.device.type))
         for module in (self, *kept[0]):

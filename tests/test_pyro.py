@@ -181,6 +181,29 @@ def test_priors_and_hmc():
     assert ((x.mean(0) - exact.mean(0)).abs() < 0.6 * exact.std(0)).all()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("make", [pf.planar, pf.radial, pf.sylvester, pf.generalized_sylvester])
+def test_a_traced_inverse_is_right_for_other_parameters(make):
+    """A trace keeps all steps, not those that the first parameters, the identity's, took."""
+    flow = pf.Flow(dist.Normal(torch.zeros(5), 1.0).to_event(1), [make(5)]).double()
+    data = 3 * torch.randn(20, 5, dtype=torch.float64)
+
+    def model():
+        pyro.module("flow", flow)
+        with pyro.plate("n", 20):
+            pyro.sample("y", flow(), obs=data)
+
+    jit, eager = JitTrace_ELBO(ignore_jit_warnings=True), Trace_ELBO()
+    jit.loss_and_grads(model, lambda: None)
+    scatter(flow, 2.0)
+    results = []
+    for elbo in (jit, eager):
+        flow.zero_grad()
+        results.append([elbo.loss_and_grads(model, lambda: None), *(p.grad.clone() for p in flow.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_solvers_refuse_to_be_traced():
     """A trace would keep the number of steps that the first data took."""
     flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [pf.low_rank_residual(3)])

@@ -98,8 +98,8 @@ class Settings:
 
 
 def is_blind(value: Tensor) -> bool:
-    """Whether the value cannot be looked at: a graph is being traced, or it is on the meta device."""
-    return torch.compiler.is_compiling() or value.is_meta
+    """Whether the value cannot be looked at: a graph is being compiled or traced, or it is on the meta device."""
+    return torch.compiler.is_compiling() or value.is_meta or torch._C._is_tracing()
 
 
 def in_transform(value: Tensor) -> bool:
