@@ -12,15 +12,17 @@ from torch.distributions.transforms import ReshapeTransform, _InverseTransform
 
 from pyro_invflows import latents as noise
 from pyro_invflows.base import Bijection, VolumePreserving, sum_rightmost
+from pyro_invflows.foreign import alone, hidden_tensors, inner_modules, may_hide_tensors, uncached
 from pyro_invflows.recompute import recompute
 
 __all__ = ["Chain", "Inverted", "stack"]
 
 
 def _evaluate(part: Transform, x: Tensor) -> tuple[Tensor, Any]:
-    """Return y and aux of any transform; a foreign one has no aux."""
+    """Return y and aux of any transform; a foreign one's is itself, as it was evaluated."""
     if not isinstance(part, Bijection):
-        return part(x), None
+        own = alone(part)
+        return own(x), own
     if part._forward_hooks or part._forward_pre_hooks:  # they fire only through the module's own call
         y = part(x)
         return y, part._aux(x, y)
@@ -28,11 +30,14 @@ def _evaluate(part: Transform, x: Tensor) -> tuple[Tensor, Any]:
 
 
 def _evaluate_inverse(part: Transform, y: Tensor) -> tuple[Tensor, Any]:
-    return part._evaluate_inverse(y) if isinstance(part, Bijection) else (part.inv(y), None)
+    if isinstance(part, Bijection):
+        return part._evaluate_inverse(y)
+    own = alone(part)
+    return own.inv(y), own
 
 
 def _log_det(part: Transform, x: Tensor, y: Tensor, aux: Any) -> Tensor:
-    return part._log_det(x, y, aux) if isinstance(part, Bijection) else part.log_abs_det_jacobian(x, y)
+    return part._log_det(x, y, aux) if isinstance(part, Bijection) else aux.log_abs_det_jacobian(x, y)
 
 
 def _adds_nothing(part: Transform, x: Tensor, extra: int, total: Tensor | None) -> bool:
@@ -41,33 +46,6 @@ def _adds_nothing(part: Transform, x: Tensor, extra: int, total: Tensor | None) 
         return False
     shape = part._log_det_shape(x)
     return total.shape == shape[: len(shape) - extra]
-
-
-def _inner_modules(transform: Transform) -> list[nn.Module]:
-    """Return the modules inside torch's own wrappers, which are not modules themselves."""
-    if isinstance(transform, nn.Module):
-        return [transform]
-    if isinstance(transform, IndependentTransform):
-        return _inner_modules(transform.base_transform)
-    if isinstance(transform, _InverseTransform):
-        return _inner_modules(transform.inv)
-    parts = getattr(transform, "transforms", None) or getattr(transform, "parts", None) or ()
-    return [module for part in parts if isinstance(part, Transform) for module in _inner_modules(part)]
-
-
-def _tensors_of(transform: Transform) -> list[Tensor | None]:
-    """Return the tensors that a foreign transform and those inside it hold outside of modules."""
-    if isinstance(transform, nn.Module):
-        return []
-    found: list[Tensor | None] = []
-    for name, value in vars(transform).items():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, Transform) and not (name == "_inv" and not isinstance(transform, _InverseTransform)):
-            found += _tensors_of(value)
-        elif isinstance(value, (list, tuple)) and name in ("parts", "transforms"):
-            found += [tensor for part in value for tensor in _tensors_of(part)]
-    return found
 
 
 class Inverted(Bijection):
@@ -98,7 +76,7 @@ class Inverted(Bijection):
             raise TypeError(f"Inverted needs a transform, but got {type(layer).__name__}.")
         super().__init__(cache_size=cache_size)
         self.layer = layer
-        for i, module in enumerate([] if isinstance(layer, nn.Module) else _inner_modules(layer)):
+        for i, module in enumerate([] if isinstance(layer, nn.Module) else inner_modules(layer)):
             self.add_module(f"inner_{i}", module)
         self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
 
@@ -146,13 +124,13 @@ class Inverted(Bijection):
         return _evaluate(self.layer, y)
 
     def _aux(self, x: Tensor, y: Tensor) -> Any:
-        return self.layer._aux(y, x) if isinstance(self.layer, Bijection) else None
+        return self.layer._aux(y, x) if isinstance(self.layer, Bijection) else alone(self.layer)
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
         return -_log_det(self.layer, y, x, aux)
 
     def _foreign_tensors(self) -> list[Tensor | None]:
-        return _tensors_of(self.layer)
+        return hidden_tensors(self.layer)
 
     def clear_cache(self) -> None:
         super().clear_cache()
@@ -160,14 +138,6 @@ class Inverted(Bijection):
 
     def extra_repr(self) -> str:
         return "" if isinstance(self.layer, nn.Module) else repr(self.layer)
-
-
-def _uncached(part: Transform) -> Transform:
-    """Return a foreign transform without its one-value cache, which cannot be copied and never forgets."""
-    try:
-        return part.with_cache(0)
-    except NotImplementedError:
-        return part
 
 
 def _clear(transform: Transform) -> None:
@@ -241,10 +211,11 @@ class Chain(Bijection, nn.ModuleList):
             if isinstance(part, nn.Module):
                 self.add_module(str(i), part)
             else:
-                self._foreign[i] = _uncached(part)
-                for j, module in enumerate(_inner_modules(part)):
+                self._foreign[i] = uncached(part)
+                for j, module in enumerate(inner_modules(part)):
                     self.add_module(f"inner_{i}_{j}", module)
         self._length = i + 1 if (self._modules or self._foreign) else 0
+        self._hiding = [i for i, part in enumerate(self.parts) if may_hide_tensors(part)]
         self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
         # A compose knows how event dimensions add up.
         compose = ComposeTransform(list(self.parts))
@@ -429,7 +400,8 @@ class Chain(Bijection, nn.ModuleList):
         )
 
     def _foreign_tensors(self) -> list[Tensor | None]:
-        return [tensor for part in self._foreign.values() for tensor in _tensors_of(part)] if self._foreign else []
+        parts = self.parts if self._hiding else ()
+        return [tensor for i in self._hiding for tensor in hidden_tensors(parts[i])]
 
     def clear_cache(self) -> None:
         super().clear_cache()
@@ -457,7 +429,7 @@ def _flatten(parts: Iterable[Transform]) -> Iterator[Transform]:
             raise TypeError(f"Chain needs transforms, but got {type(part).__name__}.{hint}")
         if isinstance(part, ComposeTransform) or (isinstance(part, Chain) and not part.recompute):
             yield from _flatten(part.parts)
-        elif isinstance(part, _InverseTransform) and _inner_modules(part):
+        elif isinstance(part, _InverseTransform) and inner_modules(part):
             yield Inverted(part.inv)
         else:
             yield part

@@ -17,6 +17,7 @@ from torch.distributions import Transform
 from pyro_invflows.autograd import first_order_only
 from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, sum_rightmost
 from pyro_invflows.errors import ReconstructionError
+from pyro_invflows.foreign import alone
 
 __all__ = ["inner_layers", "rebind", "recompute"]
 
@@ -132,7 +133,7 @@ class _Recompute(torch.autograd.Function):
                     if g is not None:
                         old = grads[i]
                         grads[i] = g if old is None else old + g
-        _compare(ctx.chain, value, current)
+        _compare(ctx.chain, value, current, (ctx.chain.codomain if ctx.inverse else ctx.chain.domain).event_dim)
         results: Sequence[Tensor | None] = [grad.sum_to_size(value.shape), *grads]
         results = first_order_only(results, (value, *tensors), _FIRST_ORDER)
         return None, None, None, *results
@@ -154,7 +155,8 @@ def _part_gradients(
 
 
 def _walk(chain: Any, inverse: bool) -> Sequence[Transform]:
-    return chain.parts[::-1] if inverse else chain.parts
+    parts = [alone(part) for part in chain.parts]
+    return parts[::-1] if inverse else parts
 
 
 def _step(part: Transform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -179,15 +181,23 @@ def _event_dims(chain: Any, inverse: bool) -> list[int]:
     return extra
 
 
-def _compare(chain: Any, given: Tensor, rebuilt: Tensor) -> None:
-    """Raise where the rebuilt input is not the given one: its gradients would be those of another point."""
+def _compare(chain: Any, given: Tensor, rebuilt: Tensor, event_dim: int) -> None:
+    """Raise where the rebuilt input is not the given one: its gradients would be those of another point.
+
+    An error counts relative to the size of its event; an event that is smaller than most counts like these.
+    """
     tolerance = torch.finfo(given.dtype).eps ** 0.5
-    error = (rebuilt - given.detach()).abs() / (1 + given.detach().abs())
+    given = given.detach()
+    size = given.abs()
+    if event_dim and size.numel():
+        size = size.amax(tuple(range(-event_dim, 0)), keepdim=True)
+    size = size.clamp_min(size.nanmedian()) if size.numel() else size
+    error = (rebuilt - given).abs() / size.clamp_min(torch.finfo(given.dtype).tiny)
     lost = ~(error <= tolerance) & ~(given.isnan() & rebuilt.isnan())
     if lost.any():
         raise ReconstructionError(
             f"Chain(recompute=True) with {len(chain)} parts rebuilt its input with an error of "
-            f"{error[lost].max().item():.2g} (relative to 1 + |x|; at most {tolerance:.2g} is accepted) in "
+            f"{error[lost].max().item():.2g} (relative to the size of x; at most {tolerance:.2g} is accepted) in "
             f"{lost.double().mean().item():.2%} of the elements, so its gradients would be wrong. Use float64, smaller "
             "weights or recompute=False."
         )

@@ -18,6 +18,7 @@ FLOORS = [
     ["linalg"],
     ["solvers", "nn", "logdet"],
     ["base"],
+    ["foreign"],
     ["latents"],
     ["recompute"],
     ["compose"],

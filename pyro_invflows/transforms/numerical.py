@@ -8,10 +8,11 @@ from typing import Any
 import pyro.distributions.transforms as pyro_transforms
 import torch
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
+from torch.distributions import Transform, constraints
 
 from pyro_invflows.autograd import full_precision, outside_inference_mode
 from pyro_invflows.base import Bijection, call_and_ladj
+from pyro_invflows.foreign import alone, hidden_tensors, inner_modules
 from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
 
@@ -103,7 +104,7 @@ class NumericalInverse(Bijection):
             self.transform = transform
         else:
             self.foreign = transform
-            for i, module in enumerate(_modules(transform)):
+            for i, module in enumerate(inner_modules(transform)):
                 self.add_module(f"inner_{i}", module)
 
     @property
@@ -134,20 +135,15 @@ class NumericalInverse(Bijection):
     # ------------------------------------------------------------------ one evaluation of t
 
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return t(x) and its log-det, never from a foreign cache, and leave none behind."""
-        inner = self._transform
-        try:
-            # a new tensor object, so that no one-value cache can answer
-            return call_and_ladj(inner, x.view_as(x))
-        finally:
-            _forget(inner)
+        """Return t(x) and its log-det, from no cache and leaving none behind."""
+        return call_and_ladj(alone(self._transform), x.view_as(x))  # a new tensor object, which no memo knows
 
     def _value(self, x: Tensor) -> Tensor:
-        inner = self._transform
-        try:
-            return inner(x.view_as(x))
-        finally:
-            _forget(inner)
+        inner = alone(self._transform)
+        return inner._evaluate(x)[0] if isinstance(inner, Bijection) else inner(x)
+
+    def _foreign_tensors(self) -> list[Tensor | None]:
+        return hidden_tensors(self._transform)
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_size(x, inverse=False)
@@ -247,7 +243,8 @@ class NumericalInverse(Bijection):
 
     def clear_cache(self) -> None:
         super().clear_cache()
-        _forget(self._transform)
+        if isinstance(self._transform, Bijection):
+            self._transform.clear_cache()
 
     def extra_repr(self) -> str:
         inner = "" if self.foreign is None else f"{self.foreign!r}, "
@@ -308,31 +305,6 @@ def _by_rows(solution: Solution, event_dim: int) -> Solution:
         return solution
     rows = [t.flatten(-event_dim).amax(-1) for t in (solution.status, solution.num_steps, solution.residual)]
     return Solution(solution.value, *rows)
-
-
-def _parts(transform: Transform) -> list[Transform]:
-    if isinstance(transform, IndependentTransform):
-        return [transform.base_transform]
-    if isinstance(transform, ComposeTransform):
-        return list(transform.parts)
-    return []
-
-
-def _modules(transform: Transform) -> list[nn.Module]:
-    if isinstance(transform, nn.Module):
-        return [transform]
-    return [module for part in _parts(transform) for module in _modules(part)]
-
-
-def _forget(transform: Transform) -> None:
-    """Empty the one-value caches of a foreign transform, which hold graphs and break copying."""
-    if isinstance(transform, Bijection):
-        transform.clear_cache()
-        return
-    for name in [name for name in vars(transform) if name.startswith("_cached")]:
-        setattr(transform, name, (None, None) if name == "_cached_x_y" else None)
-    for part in _parts(transform):
-        _forget(part)
 
 
 def numerical_inverse(
