@@ -85,7 +85,7 @@ def implicit_gradient(
         )
     if structure == "autoregressive" and diagonal is None:
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
-    if torch._C._is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError(
             f"{owner}: torch.jit.trace (JitTrace_ELBO) would keep the steps that these data took for all data to come. "
             "Use Trace_ELBO, or torch.compile."
