@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["floating_tensor", "positive_int", "widths"]
+__all__ = ["activation_constructor", "floating_tensor", "positive_int", "widths"]
 
 
 def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
@@ -24,6 +25,15 @@ def widths(values: Any, owner: str, name: str = "hidden_dims", minimum: int = 0)
     if not isinstance(values, Iterable):
         raise TypeError(f"{owner}: {name} must be a sequence of ints, such as (64, 64), but got {values!r}.")
     return [positive_int(value, f"each of {name}", owner, minimum) for value in values]
+
+
+def activation_constructor(value: Any, owner: str) -> Any:
+    """Check what makes a network's activations."""
+    if isinstance(value, nn.Module) or not callable(value):
+        raise TypeError(f"{owner}: activation must be a constructor, such as nn.Tanh, but got {value!r}.")
+    if value in (torch.tanh, torch.sin, torch.relu, torch.sigmoid):
+        raise TypeError(f"{owner}: activation must be a constructor of modules, such as nn.Tanh, not a function.")
+    return value
 
 
 def floating_tensor(value: Any, name: str, owner: str) -> Tensor:

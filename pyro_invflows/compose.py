@@ -73,7 +73,9 @@ class Inverted(Bijection):
 
     def __init__(self, layer: Transform, *, cache_size: int = 1) -> None:
         if not isinstance(layer, Transform):
-            raise TypeError(f"Inverted needs a transform, but got {type(layer).__name__}.")
+            hint = " Invert the layer that it conditions: Conditional(Inverted(layer), ...)."
+            hint = hint if hasattr(layer, "condition") else ""
+            raise TypeError(f"Inverted needs a transform, but got {type(layer).__name__}.{hint}")
         super().__init__(cache_size=cache_size)
         self.layer = layer
         for i, module in enumerate([] if isinstance(layer, nn.Module) else inner_modules(layer)):

@@ -100,8 +100,9 @@ class Conditional(ConditionalTransformModule):
         self._shapes = {name: parameter.shape for name, parameter in _own_parameters(template)}
         if not self._shapes and not any(_contexts(template)):
             raise ValueError(
-                f"{type(template).__name__} cannot be conditioned: it has no parameters of its own. Couplings take a "
-                "context when built with context_dim=...; use layers without parameters as they are."
+                f"{type(template).__name__} cannot be conditioned: it has no parameters of its own that a context "
+                "could set. Couplings take a context when built with context_dim=...; use layers without parameters, "
+                "and foreign transforms, as they are, next to layers that take the context."
             )
         total = sum(shape.numel() for shape in self._shapes.values())
         self.hypernet = (

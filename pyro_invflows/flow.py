@@ -194,7 +194,11 @@ class Flow(nn.Module, ConditionalDistribution):
             ValueError: if no part takes a context.
         """
         if not self.is_conditional:
-            raise ValueError("This Flow has no conditional part, so it takes no context: call flow().")
+            raise ValueError(
+                "This Flow has no conditional part, so it takes no context: call flow(). A layer becomes conditional "
+                "as Conditional(layer, context_dim), or by its factory conditional_...(); context_dim=... alone will "
+                "not do."
+            )
         chain = Chain(
             part.condition(context) if isinstance(part, ConditionalTransform) else cast(Transform, part)
             for part in self.transforms

@@ -152,6 +152,33 @@ def test_hooks_that_forget_the_aux_say_so(rows):
             call(torch.randn(rows, 3))
 
 
+@pytest.mark.parametrize("activation", [torch.nn.ReLU(), torch.tanh, "relu"], ids=["module", "function", "name"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: pf.affine_coupling(4, activation=a),
+        lambda a: pf.affine_coupling(4, [8], dim=-3, activation=a),
+        lambda a: pf.generalized_sylvester(4, activation=a),
+        lambda a: pf.Conditional(pf.baird(3), 2, activation=a),
+        lambda a: pf.low_rank_residual(4, activation=a),
+        lambda a: pf.contractive_residual(4, activation=a),
+    ],
+)
+def test_activations_are_given_by_their_constructors(make, activation):
+    with pytest.raises(TypeError, match="activation must be a constructor"):
+        make(activation)
+
+
+def test_what_is_conditional_and_how():
+    base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)
+    with pytest.raises(ValueError, match=r"Conditional\(layer, context_dim\)"):
+        pf.Flow(base, [pf.affine_coupling(2, context_dim=3)])(torch.zeros(3))
+    with pytest.raises(TypeError, match=r"Conditional\(Inverted\(layer\)"):
+        pf.Inverted(pf.conditional_sylvester(2, 3))
+    with pytest.raises(ValueError, match="foreign transforms"):
+        pf.Conditional(pf.NumericalInverse(torch.distributions.AffineTransform(0.0, 2.0)), 3)
+
+
 def test_hooks_that_are_missing_say_so():
     class Empty(pf.Bijection):
         pass

@@ -276,7 +276,9 @@ def test_the_fixed_point_behind_them_meets_the_tolerance_of_y(scale, form, monke
     with torch.no_grad():
         layer.weight_in.mul_(scale)
     y = torch.randn(20, 7, dtype=F64)
-    monkeypatch.setattr(residual, "chord_steps", lambda e, s, c, u, gather: (s.clone(), torch.zeros(20, dtype=torch.bool)))
+    monkeypatch.setattr(
+        residual, "chord_steps", lambda e, s, c, u, gather: (s.clone(), torch.zeros(20, dtype=torch.bool))
+    )
     monkeypatch.setattr(residual, "Newton", lambda: Newton(max_steps=0))
     assert (layer(layer.inv(y).detach()) - y).abs().max() <= 1e-11
 

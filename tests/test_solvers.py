@@ -498,3 +498,13 @@ def test_no_warning_on_success():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tanh_root(torch.randn(5), torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("d", [2.0**23, 2.0**24, 3e7, 1e8, 1e12, 1e-12])
+def test_scalar_roots_of_slopes_beyond_the_precision(d):
+    """Where ``d - 1`` rounds to d, the slope must not round to nothing."""
+    c = torch.tensor([-3.0, -0.5, 1e-3, 0.7, 40.0]) * max(d, 1.0)
+    s = solve_tanh(c, torch.full_like(c, d)).value
+    assert s.isfinite().all()
+    residual = s.double() + (d - 1) * s.double().tanh() - c.double()
+    assert (residual.abs() <= 8 * torch.finfo(torch.float32).eps * (1 + d + c.double().abs())).all()

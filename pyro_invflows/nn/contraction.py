@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.checks import positive_int, widths
+from pyro_invflows.checks import activation_constructor, positive_int, widths
 from pyro_invflows.nn.activations import LipSwish, value_and_slope
 from pyro_invflows.nn.dense import dense_network
 from pyro_invflows.nn.linearisation import Linearisation
@@ -382,10 +382,7 @@ _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
 
 def make_activations(constructor: Callable[[], nn.Module], count: int, owner: str) -> list[nn.Module]:
     """Build activations, elementwise with slopes of at most 1, or say why not."""
-    if isinstance(constructor, nn.Module) or not callable(constructor):
-        raise TypeError(f"{owner}: activation must be a constructor, such as nn.Tanh, but got {constructor!r}.")
-    if constructor in (torch.tanh, torch.sin, torch.relu):
-        raise TypeError(f"{owner}: activation must be a constructor of modules, such as nn.Tanh, not a function.")
+    activation_constructor(constructor, owner)
     activations = [constructor() for _ in range(count)]
     for activation in activations:
         elementwise = type(activation) in _SLOPES or hasattr(activation, "value_and_slope")

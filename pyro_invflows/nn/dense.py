@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from pyro_invflows.checks import widths
+from pyro_invflows.checks import activation_constructor, widths
 
 __all__ = ["conv_network", "dense_network"]
 
@@ -32,6 +32,7 @@ def dense_network(
     Returns:
         ``nn.Sequential`` of linear layers and activations, ``(*B, in_features) -> (*B, out_features)``.
     """
+    activation_constructor(activation, "dense_network")
     sizes = [in_features, *widths(hidden_dims, "dense_network"), out_features]
     layers: list[nn.Module] = []
     for i, (n, m) in enumerate(pairwise(sizes)):
@@ -76,6 +77,7 @@ def conv_network(
     convolutions: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     if spatial_dims not in convolutions:
         raise ValueError(f"conv_network: spatial_dims must be 1, 2 or 3, but got {spatial_dims!r}.")
+    activation_constructor(activation, "conv_network")
     sizes = [in_channels, *widths(hidden_channels, "conv_network", "hidden_channels"), out_channels]
     layers: list[nn.Module] = []
     for i, (n, m) in enumerate(pairwise(sizes)):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_invflows.checks import widths
+from pyro_invflows.checks import activation_constructor, widths
 
 __all__ = ["MaskedLinear", "masked_network"]
 
@@ -59,6 +59,7 @@ def masked_network(
     """
     inputs = torch.cat([torch.arange(1, input_dim + 1), torch.zeros(context_dim, dtype=torch.long)])
     degrees = [inputs]
+    activation_constructor(activation, "masked_network")
     # A unit of degree k sees the inputs up to k; those of degree 0 see the context only.
     lowest = 0 if context_dim or input_dim == 1 else 1
     for width in widths(hidden_dims, "masked_network"):

@@ -104,10 +104,12 @@ def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bo
 
 def _scalar_steps(s: Tensor, c: Tensor, d: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Take Newton steps; return the point and the size of its residual."""
+    least = d.clamp_max(1)
     for _ in range(count):
         h = torch.tanh(s)
-        # a cheaper form of the slope: only the step depends on its rounding
-        s = torch.addcdiv(s, torch.addcmul(s - c, t, h), torch.addcmul(d, h * h, t, value=-1), value=-1)
+        # a cheaper form of the slope: only the step depends on its rounding, which may leave nothing of it
+        slope = torch.maximum(torch.addcmul(d, h * h, t, value=-1), least)
+        s = torch.addcdiv(s, torch.addcmul(s - c, t, h), slope, value=-1)
     return s, torch.addcmul(s - c, t, torch.tanh(s)).abs()
 
 

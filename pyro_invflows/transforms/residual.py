@@ -596,6 +596,8 @@ def iresnet(
     form: str = "bottleneck",
     lipschitz: float = 0.97,
     activation: Callable[[], nn.Module] = LipSwish,
+    order: int = 1,
+    solver: Newton | None = None,
     recompute: bool = False,
 ) -> Chain:
     """Build an invertible residual network: :class:`LowRankResidual` blocks with learned scales between them.
@@ -609,6 +611,8 @@ def iresnet(
         form: As in :class:`LowRankResidual`.
         lipschitz: As in :class:`LowRankResidual`.
         activation: As in :class:`LowRankResidual`.
+        order: As in :class:`LowRankResidual`.
+        solver: As in :class:`LowRankResidual`.
         recompute: As in :class:`~pyro_invflows.Chain`: keep no activations.
 
     Raises:
@@ -624,7 +628,10 @@ def iresnet(
     for i in range(num_blocks):
         if i:
             parts.append(Diagonal(input_dim))
-        parts.append(LowRankResidual(input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation))
+        layer = low_rank_residual(
+            input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+        )
+        parts.append(layer)
     return Chain(parts, recompute=recompute)
 
 
