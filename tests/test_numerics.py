@@ -123,6 +123,31 @@ def test_general_solves_under_vmap():
         linalg.solve(torch.zeros(2, 3), torch.zeros(2, 1))
 
 
+@pytest.mark.parametrize("mode", ["jacfwd", "jacrev", "hessian"])
+def test_derivatives_of_general_solves_under_vmap(mode):
+    """torch's own are wrong there in forward mode."""
+    transform = getattr(torch.func, mode)
+    matrix = torch.eye(4, dtype=torch.float64) + 0.3 * torch.randn(5, 4, 4, dtype=torch.float64)
+    rhs = torch.randn(4, 1, dtype=torch.float64)
+    for function, exact in (
+        (linalg.log_abs_det, lambda a: torch.linalg.slogdet(a)[1]),
+        (lambda a: linalg.solve(a, rhs).sum(), lambda a: (torch.linalg.inv(a) @ rhs).sum()),
+    ):
+        got = torch.func.vmap(transform(function))(matrix)
+        expected = torch.func.jacrev(torch.func.jacrev(exact) if mode == "hessian" else exact)
+        torch.testing.assert_close(got, torch.stack([expected(a) for a in matrix]))
+
+
+@pytest.mark.parametrize("make", [pf.low_rank_residual, pf.sylvester, pf.svd_linear, pf.low_rank_linear, pf.planar])
+def test_layers_under_vmap_of_forward_mode(make):
+    layer = scatter(make(3)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for function in (layer._call, layer._inverse, lambda v: call_and_ladj(layer, v)[1]):
+        forward = torch.func.vmap(torch.func.jacfwd(function))(x)
+        torch.testing.assert_close(forward, torch.func.vmap(torch.func.jacrev(function))(x))
+        torch.testing.assert_close(forward, torch.stack([torch.func.jacrev(function)(row) for row in x]))
+
+
 @pytest.mark.parametrize("k", [0, 1, 2, 5, 127, 128, 129, 300])
 def test_compact_wy_equals_the_loop_of_reflections(k):
     n = 40
