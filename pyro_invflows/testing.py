@@ -325,6 +325,7 @@ def check_bijection(
 
     Raises:
         BrokenPromiseError: naming the promise, the transform and the numbers.
+        ValueError: for no points, and for a layer that was conditioned on a batch of contexts, or with their graph.
 
     Example:
         >>> check_bijection(Baird((4,)))
@@ -336,6 +337,12 @@ def check_bijection(
     """
     if not isinstance(transform, Transform):
         raise TypeError(f"check_bijection needs a torch Transform, but got {type(transform).__name__}.")
+    if getattr(transform, "batch_shape", ()) or any(t.grad_fn for t in _tensors(transform)):
+        raise ValueError(
+            f"check_bijection needs a layer whose tensors are leaves without batch dimensions, but this "
+            f"{type(transform).__name__} was conditioned on a context. Condition it on a single one, under "
+            "torch.no_grad()."
+        )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         if x is None:
@@ -355,6 +362,10 @@ def check_bijection(
 
 
 # ---------------------------------------------------------------------- helpers
+
+
+def _tensors(transform: Transform) -> list[torch.Tensor]:
+    return [*transform.parameters(), *transform.buffers()] if isinstance(transform, torch.nn.Module) else []
 
 
 def _fresh(transform: Transform) -> Transform:

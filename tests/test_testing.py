@@ -181,3 +181,13 @@ def test_what_cannot_be_checked_is_said():
         check_bijection(torch.distributions.transforms.StickBreakingTransform(), x)
     with pytest.raises(ValueError, match="at least one point"):
         check_bijection(pf.shift(2).double(), x[:0])
+
+
+def test_conditioned_layers_are_checked_one_context_at_a_time():
+    conditional = pf.conditional_planar(4, 3).double()
+    for context in (torch.randn(5, 3), torch.randn(3)):  # a batch; a graph
+        with pytest.raises(ValueError, match=r"torch\.no_grad"):
+            check_bijection(conditional.condition(context.double()))
+    with torch.no_grad():
+        layer = conditional.condition(torch.randn(3).double())
+    check_bijection(layer, torch.randn(3, 4, dtype=torch.float64))
