@@ -337,7 +337,7 @@ def check_bijection(
     """
     if not isinstance(transform, Transform):
         raise TypeError(f"check_bijection needs a torch Transform, but got {type(transform).__name__}.")
-    if getattr(transform, "batch_shape", ()) or any(t.grad_fn for t in _tensors(transform)):
+    if _is_conditioned(transform):
         raise ValueError(
             f"check_bijection needs a layer whose tensors are leaves without batch dimensions, but this "
             f"{type(transform).__name__} was conditioned on a context. Condition it on a single one, under "
@@ -364,8 +364,12 @@ def check_bijection(
 # ---------------------------------------------------------------------- helpers
 
 
-def _tensors(transform: Transform) -> list[torch.Tensor]:
-    return [*transform.parameters(), *transform.buffers()] if isinstance(transform, torch.nn.Module) else []
+def _is_conditioned(transform: Transform) -> bool:
+    """Whether a layer carries a batch of contexts, or their graph."""
+    if not isinstance(transform, torch.nn.Module):
+        return False
+    tensors = (*transform.parameters(), *transform.buffers())
+    return any(t.grad_fn for t in tensors) or any(getattr(m, "_batch_shape", ()) for m in transform.modules())
 
 
 def _fresh(transform: Transform) -> Transform:
