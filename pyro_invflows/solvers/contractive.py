@@ -31,13 +31,13 @@ class FoldedEquation(NamedTuple):
     slopes: Callable[[Tensor], tuple[Tensor, ...]]
     jacobian: Callable[[tuple[Tensor, ...]], Tensor]
 
-    def residual(self, s: Tensor, c: Tensor) -> Tensor:
-        return s + F.linear(self.hidden(s), self.fold) - c
+    def residual(self, s: Tensor, c: Tensor, h: Tensor | None = None) -> Tensor:
+        return s + F.linear(self.hidden(s) if h is None else h, self.fold) - c
 
 
 def chord_steps(
     equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor, gather: bool = True
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Take steps with one matrix for all rows, that of their mean slopes: no more than two products each.
 
     Args:
@@ -48,7 +48,7 @@ def chord_steps(
         gather: Whether the equation may be evaluated at some of the rows.
 
     Returns:
-        The points, and which of them solve the equation to rounding.
+        The points, which of them solve the equation to rounding, and h there, if all do.
     """
     some = (s[:_SLOPE_ROWS] if gather and s.dim() == 2 else s).nan_to_num(0)  # a bad row must not spoil the mean
     mean = tuple(slope.reshape(-1, slope.shape[-1]).mean(0) for slope in equation.slopes(some))
@@ -69,14 +69,15 @@ def chord_steps(
         if not todo.any():
             break
         new = s - r @ inverse
-        new_r = equation.residual(new, c)
+        h = equation.hidden(new)
+        new_r = equation.residual(new, c, h)
         new_error = new_r.abs().amax(-1)
         if (new_error <= goal).all():
-            return new, torch.ones_like(todo)
+            return new, torch.ones_like(todo), h
         better = todo & (new_error < error)
         s, r, error = where_rows(better, new, s), where_rows(better, new_r, r), torch.where(better, new_error, error)
         todo = better & (error > goal)
-    return s, error <= goal
+    return s, error <= goal, None
 
 
 def finish_by_fixed_point(

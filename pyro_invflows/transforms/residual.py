@@ -239,9 +239,9 @@ class LowRankResidual(Bijection):
         activation = self.activation if frozen is None else frozen()
         with torch.no_grad():
             looped = equation._replace(hidden=lambda s: self._hidden_value(network, s, activation))
-            s = self._solve(looped, c, y, network.norm)
+            s, h = self._solve(looped, c, y, network.norm)
         if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0 and not in_transform(c):
-            return y - self._out(network, looped.hidden(s)), (network, s)
+            return y - self._out(network, looped.hidden(s) if h is None else h), (network, s)
         s = implicit_gradient(
             lambda s: equation.residual(s, c),
             s,
@@ -252,19 +252,22 @@ class LowRankResidual(Bijection):
         h, slopes = self._hidden(network, s)
         return y - self._out(network, h), (network, slopes)
 
-    def _solve(self, equation: FoldedEquation, c: Tensor, y: Tensor, norm: Tensor) -> Tensor:
-        """Solve in the hidden dimensions. The tolerance is that of y, hence the division by the first matrix's norm."""
+    def _solve(self, equation: FoldedEquation, c: Tensor, y: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Solve in the hidden dimensions; return h, too, where it is known.
+
+        The tolerance is that of y, hence the division by the first matrix's norm.
+        """
         unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
         if self.solver is not None or in_transform(c):
-            return self._newton(equation, c, y, unit, self.solver or Newton())
-        s, done = chord_steps(equation, c, c, unit, gather=not self._batch_shape)
-        if done.all():
-            return s
+            return self._newton(equation, c, y, unit, self.solver or Newton()), None
+        s, done, h = chord_steps(equation, c, c, unit, gather=not self._batch_shape)
+        if h is not None or done.all():
+            return s, h
         if self._batch_shape:  # batched biases belong to their rows
-            return where_rows(done, s, self._newton(equation, c, y, unit, Newton()))
+            return where_rows(done, s, self._newton(equation, c, y, unit, Newton())), None
         rows = ~done
         s[rows] = self._newton(equation, c[rows], y[rows], unit, Newton())
-        return s
+        return s, None
 
     def _newton(self, equation: FoldedEquation, c: Tensor, y: Tensor, unit: Tensor, settings: Newton) -> Tensor:
         def scaled(s: Tensor, c: Tensor) -> Tensor:
