@@ -237,7 +237,7 @@ class Chain(Bijection, nn.ModuleList):
     def parts(self) -> tuple[Transform, ...]:
         """The parts, first one first."""
         modules, foreign = self._modules, self._foreign
-        return tuple(foreign[i] if i in foreign else modules[str(i)] for i in range(self._length))  # type: ignore
+        return tuple(foreign[i] if i in foreign else modules[str(i)] for i in range(self._length))  # type: ignore[misc]
 
     def __len__(self) -> int:
         return self._length

@@ -47,8 +47,7 @@ def alone(part: Transform) -> Transform:
     if isinstance(part, _InverseTransform):
         return alone(part.inv).inv
     own = copy.copy(part)
-    if hasattr(part, "_cached_x_y"):
-        own._cached_x_y = None, None
+    own._cached_x_y = None, None
     if isinstance(own, IndependentTransform):
         own.base_transform = alone(own.base_transform)
     elif isinstance(own, ComposeTransform):

@@ -201,7 +201,7 @@ class ConcatNoise(NoiseInjection):
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and e from y."""
-        return y.split_with_sizes((y.shape[self.dim] - self.noise_dim, self.noise_dim), dim=self.dim)  # type: ignore
+        return y.split_with_sizes((y.shape[self.dim] - self.noise_dim, self.noise_dim), dim=self.dim)  # type: ignore[return-value]
 
     def join(self, x: Tensor, noise: Tensor) -> Tensor:
         """Return y from x and e; batch dimensions broadcast."""
