@@ -29,7 +29,7 @@ class FlowDistribution(TransformedDistribution):
     Example:
         >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
         >>> d = FlowDistribution(base, [affine_coupling(3)])
-        >>> x, log_prob = d.rsample_with_log_prob((5,))
+        >>> x, log_prob = d.rsample_and_log_prob((5,))
         >>> torch.allclose(log_prob, d.log_prob(x.clone()), atol=1e-5)
         True
     """
@@ -75,7 +75,7 @@ class FlowDistribution(TransformedDistribution):
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
         return total + sum_rightmost(_log_prob(self.base_dist, value), event_dim - len(self.base_dist.event_shape))
 
-    def rsample_with_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer.
 
         With ``Slice(score="data")`` the score draws afresh, as :meth:`log_prob` does.
@@ -214,7 +214,7 @@ class Flow(nn.Module, ConditionalDistribution):
         return d
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("log_prob", "sample", "rsample", "rsample_with_log_prob"):
+        if name in ("log_prob", "sample", "rsample", "rsample_and_log_prob"):
             raise AttributeError(f"A Flow is a module; its distribution is flow(), so call flow().{name}(...).")
         return super().__getattr__(name)
 

@@ -166,7 +166,7 @@ def test_one_evaluation_a_layer():
         assert counter.take() == 4
         d.log_prob(d.rsample((5,)))
         assert counter.take() == 4
-    flow().rsample_with_log_prob((5,))
+    flow().rsample_and_log_prob((5,))
     assert counter.take() == 4
     d = dist.TransformedDistribution(base, [ComposeTransform(list(chain))])
     d.log_prob(d.rsample((5,)))

@@ -113,7 +113,7 @@ def test_flow_distribution_survives_expand_plates_and_to_event():
     assert y.shape == (5, 4, 2, 3)
     torch.testing.assert_close(expanded.log_prob(y), d.log_prob(y))
     torch.testing.assert_close(expanded.to_event(1).log_prob(y), d.log_prob(y).sum(-1))
-    x, log_prob = expanded.rsample_with_log_prob((5,))
+    x, log_prob = expanded.rsample_and_log_prob((5,))
     assert x.shape == y.shape
     torch.testing.assert_close(log_prob, d.log_prob(x.clone()), rtol=1e-4, atol=1e-4)
 
@@ -126,16 +126,16 @@ def test_flow_distribution_survives_expand_plates_and_to_event():
     assert trace.nodes["y"]["log_prob"].shape == (4,)
 
 
-def test_rsample_with_log_prob_counts_elementwise_and_reshaping_layers():
+def test_rsample_and_log_prob_counts_elementwise_and_reshaping_layers():
     base = dist.Normal(torch.zeros(6), 1.0).to_event(1)
     reshape = torch.distributions.transforms.ReshapeTransform((6,), (2, 3))
     for transforms in ([pf.Sigmoid()], [reshape, pf.Baird()], [pf.Baird(), reshape, pf.orthogonal(3)], []):
         d = pf.FlowDistribution(base, transforms)
-        y, log_prob = d.rsample_with_log_prob((4,))
+        y, log_prob = d.rsample_and_log_prob((4,))
         torch.testing.assert_close(log_prob, dist.TransformedDistribution(base, transforms).log_prob(y.clone()))
         torch.testing.assert_close(d.log_prob(y.clone()), log_prob)
     scalar = pf.FlowDistribution(dist.Normal(torch.zeros(3), 1.0), [pf.Sigmoid()])
-    y, log_prob = scalar.rsample_with_log_prob((4,))
+    y, log_prob = scalar.rsample_and_log_prob((4,))
     assert log_prob.shape == (4, 3)
 
 
@@ -184,9 +184,9 @@ def test_every_call_gives_the_distribution_that_torch_builds(base_shape):
     assert needs_event().event_shape == (3,)
 
 
-def test_rsample_with_log_prob_through_a_change_of_event_dimension():
+def test_rsample_and_log_prob_through_a_change_of_event_dimension():
     base = dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1)
     transforms = [torch.distributions.transforms.CorrCholeskyTransform()]  # vectors to matrices
-    y, log_prob = pf.FlowDistribution(base, transforms).rsample_with_log_prob((4,))
+    y, log_prob = pf.FlowDistribution(base, transforms).rsample_and_log_prob((4,))
     assert log_prob.shape == (4,)
     torch.testing.assert_close(log_prob, dist.TransformedDistribution(base, transforms).log_prob(y))

@@ -134,7 +134,7 @@ def test_log_prob_equals_the_one_computed_by_hand(kind):
     ):
         torch.testing.assert_close(d.log_prob(y.unsqueeze(1) if d.batch_shape else y).reshape(6, -1)[:, 0], expected)
         assert d.event_shape == (5,)
-    sample, log_prob = flow().rsample_with_log_prob((4,))
+    sample, log_prob = flow().rsample_and_log_prob((4,))
     torch.testing.assert_close(log_prob, flow().log_prob(sample.detach().clone()))
     torch.testing.assert_close(flow().log_prob(sample), log_prob)
     torch.testing.assert_close(flow().log_prob(y, num_particles=7), expected)  # exact: nothing to tighten
@@ -394,7 +394,7 @@ def test_data_score_is_below_whatever_was_sampled_before(wrap):
         scores["other mode"] = d.log_prob(y)
     scores["deep copy"] = copy.deepcopy(d).log_prob(y.detach())
     if isinstance(d, pf.FlowDistribution):
-        y2, scores["fused"] = d.rsample_with_log_prob((20_000,))
+        y2, scores["fused"] = d.rsample_and_log_prob((20_000,))
     for name, log_prob in scores.items():
         mean, error = gap(log_prob, y2 if name == "fused" else y)
         assert mean < -3 * error, name
@@ -413,7 +413,7 @@ def test_sample_score_is_above(wrap):
     assert mean > 3 * error
     assert abs(mean - above) < 4 * error
     if isinstance(d, pf.FlowDistribution):
-        y, log_prob = d.rsample_with_log_prob((20_000,))
+        y, log_prob = d.rsample_and_log_prob((20_000,))
         mean, error = gap(log_prob, y)
         assert abs(mean - above) < 4 * error
 
