@@ -28,9 +28,9 @@ from timing import Contestant, race
 from torch import Tensor, nn
 
 from pyro_invflows import Chain, ContractiveResidual, LowRankResidual, call_and_ladj, iresnet
-from pyro_invflows.nn import LinearContraction
+from pyro_invflows.networks import LinearContraction
 from pyro_invflows.solvers import Anderson, FixedPoint
-from pyro_invflows.transforms.residual import _MEMORY
+from pyro_invflows.transforms.contractive_residual import _MEMORY
 
 BATCH, CONSTANT = 256, 0.97
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import Diagonal, Flow, Inverted, contractive_residual
-from pyro_invflows.nn import LipSwish, Sine
+from pyro_invflows.networks import LipSwish, Sine
 
 BUDGET = 4 * sum(n * m + m for n, m in [(2, 128), (128, 128), (128, 128), (128, 2)])
 

@@ -26,7 +26,7 @@ import zuko
 from torch import Tensor, nn
 
 from pyro_invflows import Chain, Flow, affine_coupling
-from pyro_invflows.nn import dense_network
+from pyro_invflows.networks import dense_network
 
 __all__ = ["DIM", "FlowContestant", "bare_networks", "coupling_flows", "set_weights"]
 

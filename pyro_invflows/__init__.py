@@ -1,10 +1,14 @@
 """Invertible layers for Pyro and torch.distributions that work in both directions on any data."""
 
-from pyro_invflows.base import Bijection, Elementwise, VolumePreserving, call_and_ladj, inv_and_ladj
-from pyro_invflows.compose import Chain, Inverted, stack
-from pyro_invflows.conditional import Conditional
-from pyro_invflows.errors import ConvergenceError, ConvergenceWarning, ReconstructionError
-from pyro_invflows.flow import Flow, FlowDistribution
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.chain import Chain, stack
+from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.flow import Flow
+from pyro_invflows.core.flow_distribution import FlowDistribution
+from pyro_invflows.core.inverted import Inverted
+from pyro_invflows.core.kinds import Elementwise, VolumePreserving
+from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
+from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning, ReconstructionError
 from pyro_invflows.transforms import (
     ELU,
     SELU,

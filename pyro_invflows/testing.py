@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.distributions import Transform, biject_to
 
-from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
 
 __all__ = [
     "BrokenPromiseError",

@@ -105,7 +105,7 @@ def _negative_diagonal(dim: int) -> pf.Diagonal:
 
 def _contraction(dim: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(
-        pf.nn.LinearContraction(dim, 6, 0.98), torch.nn.Softplus(), pf.nn.LinearContraction(6, dim, 0.98)
+        pf.networks.LinearContraction(dim, 6, 0.98), torch.nn.Softplus(), pf.networks.LinearContraction(6, dim, 0.98)
     )
 
 

@@ -10,7 +10,7 @@ from test_spectral import as_matrix, svd_norm
 from torch import nn
 
 import pyro_invflows as pf
-from pyro_invflows.nn import (
+from pyro_invflows.networks import (
     ContractiveMLP,
     Conv2dContraction,
     LinearContraction,
@@ -181,14 +181,14 @@ def test_activations_that_are_none():
             ContractiveMLP(3, activation=make)
         with pytest.raises(TypeError, match="must be a constructor"):
             pf.low_rank_residual(3, activation=make)
-    with pytest.raises(ValueError, match="LinearContraction is no elementwise"):
+    with pytest.raises(ValueError, match="LinearContraction is not a known elementwise"):
         pf.low_rank_residual(4, 3, activation=lambda: LinearContraction(3, 3))
 
     class Steeper(nn.Sequential):
         def forward(self, x):
             return 5 * super().forward(x)
 
-    with pytest.raises(ValueError, match="Steeper is no contraction"):
+    with pytest.raises(ValueError, match="Steeper is not a known contraction"):
         lipschitz_bound(Steeper(nn.Tanh()))
 
 
@@ -261,7 +261,7 @@ def test_held_weights_are_computed_once_and_keep_their_gradient(monkeypatch):
 def test_bounds_of_networks():
     assert lipschitz_bound(nn.Sequential(LinearContraction(2, 3, 0.9), nn.Tanh(), LinearContraction(3, 2, 0.5))) == 0.45
     assert lipschitz_bound(contractive_conv_network(2, lipschitz=0.8)) == pytest.approx(0.8)
-    with pytest.raises(ValueError, match=r"'1.0' \(Linear\) is no contraction"):
+    with pytest.raises(ValueError, match=r"'1.0' \(Linear\) is not a known contraction"):
         lipschitz_bound(nn.Sequential(nn.Tanh(), nn.Sequential(nn.Linear(2, 2))))
     with pytest.raises(ValueError, match=r"LeakyReLU.*stretch by 3"):
         lipschitz_bound(nn.LeakyReLU(3.0))

@@ -7,7 +7,7 @@ import torch
 
 import pyro_invflows as pf
 from pyro_invflows.logdet import Exact, PowerSeries, RussianRoulette
-from pyro_invflows.nn import ContractiveMLP, LinearContraction, contractive_conv_network, linearise
+from pyro_invflows.networks import ContractiveMLP, LinearContraction, contractive_conv_network, linearise
 from pyro_invflows.testing import jacobian_log_det
 
 F64 = torch.float64

@@ -16,8 +16,8 @@ from torch.distributions import transforms as torch_transforms
 
 import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj
-from pyro_invflows.errors import ConvergenceError
 from pyro_invflows.solvers import Anderson, Bisection, FixedPoint, Newton
+from pyro_invflows.support.errors import ConvergenceError
 
 # small networks, so that every parameter can be checked
 ONE_WAY = {

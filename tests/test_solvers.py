@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from pyro_invflows.errors import ConvergenceError, ConvergenceWarning
 from pyro_invflows.solvers import (
     Anderson,
     Bisection,
@@ -26,6 +25,7 @@ from pyro_invflows.solvers import (
     tanh_root,
     triangular_tanh_root,
 )
+from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning
 
 tanh_module = sys.modules[solve_tanh.__module__]
 

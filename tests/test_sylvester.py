@@ -15,9 +15,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj
-from pyro_invflows.errors import ConvergenceError
-from pyro_invflows.nn import masked_network
+from pyro_invflows.networks import masked_network
 from pyro_invflows.solvers import Newton, Settings, solve_triangular_tanh
+from pyro_invflows.support.errors import ConvergenceError
 from pyro_invflows.testing import (
     check_batch,
     check_bijection,
@@ -29,7 +29,7 @@ from pyro_invflows.testing import (
     jacobian_log_det,
 )
 
-sylvester_module = sys.modules[pf.Sylvester.__module__]  # the factory of that name hides it
+sylvester_module = sys.modules[pf.GeneralizedSylvester.__module__]  # the factory of that name hides it
 
 MAKERS = {
     "planar": pf.planar,

@@ -1,6 +1,7 @@
 """Linear algebra that several layers share. Tensors in, tensors out; nothing here knows a transform."""
 
 from pyro_invflows.linalg.accretive import contraction_log_det, contraction_matrix
+from pyro_invflows.linalg.covariance import covariance_roots, oas_weight, triangular_root
 from pyro_invflows.linalg.cyclic import cyclic_product, narrowest
 from pyro_invflows.linalg.dense import log_abs_det, solve
 from pyro_invflows.linalg.frames import thin_frame
@@ -30,6 +31,7 @@ __all__ = [
     "contraction_log_det",
     "contraction_matrix",
     "convolution_norm_bound",
+    "covariance_roots",
     "cyclic_product",
     "householder_product",
     "householder_vectors",
@@ -38,6 +40,7 @@ __all__ = [
     "low_rank_log_abs_det",
     "low_rank_solve",
     "narrowest",
+    "oas_weight",
     "positive",
     "positive_inverse",
     "rows_times",
@@ -49,4 +52,5 @@ __all__ = [
     "symmetric_low_rank_inverse",
     "thin_frame",
     "triangle_mask",
+    "triangular_root",
 ]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_invflows.autograd import gradients_with_graph, in_reverse_mode_only
 from pyro_invflows.linalg.cyclic import cyclic_product
 from pyro_invflows.linalg.dense import log_abs_det
+from pyro_invflows.support.derivatives import gradients_with_graph, in_reverse_mode_only
 
 __all__ = ["contraction_log_det", "contraction_matrix"]
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_invflows.autograd import without_autocast
 from pyro_invflows.linalg.dense import solve
 from pyro_invflows.linalg.singular import (
     both_vectors,
@@ -30,6 +29,7 @@ from pyro_invflows.linalg.singular import (
     power_iteration,
     rounding_factor,
 )
+from pyro_invflows.support.derivatives import without_autocast
 
 __all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "spectral_norm_bounds"]
 

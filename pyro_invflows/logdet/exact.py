@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
-from pyro_invflows.checks import positive_int
+from pyro_invflows.support.checks import positive_int
 
 __all__ = ["Exact"]
 
@@ -18,7 +18,7 @@ __all__ = ["Exact"]
 class Exact:
     r"""Computes :math:`\log\det(I + J)` from the Jacobian, in the fewest dimensions that the network allows.
 
-    For a network in closed form (:class:`~pyro_invflows.nn.ContractiveMLP`) the determinant has the size of its
+    For a network in closed form (:class:`~pyro_invflows.networks.ContractiveMLP`) the determinant has the size of its
     narrowest layer; for any other the Jacobian takes one vector-Jacobian product for each element of the event.
     O(E^3) a point at most. Derivatives of every order.
 
@@ -41,7 +41,7 @@ class Exact:
         """Return ``log|det(I + J)|``, ``(*B,)``.
 
         Args:
-            linearisation: g at x, as :func:`pyro_invflows.nn.linearise` makes it.
+            linearisation: g at x, as :func:`pyro_invflows.networks.linearise` makes it.
             event_dim: Number of event dimensions.
         """
         value = linearisation.value

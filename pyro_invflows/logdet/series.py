@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_invflows.autograd import first_order_only
-from pyro_invflows.checks import positive_int
+from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.derivatives import first_order_only
 
 __all__ = ["PowerSeries", "RussianRoulette"]
 
@@ -48,7 +48,7 @@ class _Series:
         """Return an estimate of ``log|det(I + J)|``, ``(*B,)``, from torch's generator.
 
         Args:
-            linearisation: g at x, as :func:`pyro_invflows.nn.linearise` makes it.
+            linearisation: g at x, as :func:`pyro_invflows.networks.linearise` makes it.
             event_dim: Number of event dimensions.
         """
         if torch._C._are_functorch_transforms_active():

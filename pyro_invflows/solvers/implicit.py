@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
-from pyro_invflows.autograd import first_order_only, without_autocast
 from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
 from pyro_invflows.solvers.solution import Settings, finish, row_max, where_rows
+from pyro_invflows.support.derivatives import first_order_only, without_autocast
 
 __all__ = ["implicit_gradient"]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_invflows.errors import ConvergenceError, ConvergenceWarning
+from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning
 
 __all__ = ["Settings", "Solution", "Status", "finish", "in_transform", "is_blind", "row_max", "where_rows"]
 

@@ -1,12 +1,9 @@
-r"""The equations that planar and Sylvester layers reduce to, solved at any legal parameters.
+r"""The scalar equation that planar and Sylvester layers reduce to, solved at any legal parameters.
 
-One scalar equation, :math:`s + (d - 1) \tanh s = c` with d > 0, is increasing in s, convex or concave on either side
-of zero: Newton's method from the right end of its bracket ``|s - c| <= |d - 1|`` runs to the root in one direction and
-needs no safeguard. The triangular system :math:`s + T \tanh(s) = c`, with :math:`T_{ii} = d_i - 1`, is m of them by
-back-substitution; cheaper iterations are tried first.
+:math:`s + (d - 1) \tanh s = c` with d > 0 is increasing in s, convex or concave on either side of zero: Newton's method
+from the right end of its bracket ``|s - c| <= |d - 1|`` runs to the root in one direction and needs no safeguard.
 
-The functions ``*_root`` carry their implicit gradient, to any order, in reverse and forward mode, and under
-``torch.func``.
+:func:`tanh_root` carries its implicit gradient, to any order, in reverse and forward mode, and under ``torch.func``.
 """
 
 from __future__ import annotations
@@ -16,22 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_invflows.linalg import rows_times
 from pyro_invflows.solvers.iterative import Newton
 from pyro_invflows.solvers.solution import Solution, Status, finish, is_blind
 
-__all__ = ["solve_tanh", "solve_triangular_tanh", "tanh_root", "tanh_slope", "triangular_tanh_root"]
+__all__ = ["solve_tanh", "tanh_root", "tanh_slope"]
 
 #: Scalar Newton steps before the first look at the residual, between later looks, and in all. 6 suffice as a rule;
 #: |d| near 1e8 takes 20.
 _SCALAR_STEPS = 6
 _MORE_SCALAR_STEPS = 2
 _MAX_SCALAR_STEPS = 40
-#: Diagonal Newton steps between two looks, and in all.
-_CHEAP_STEPS = 3
-_MAX_CHEAP_STEPS = 15
-#: The last rows go on alone once they are at most this fraction.
-_GATHER_BELOW = 0.25
 
 
 def tanh_slope(h: Tensor, d: Tensor) -> Tensor:
@@ -113,180 +104,6 @@ def _scalar_steps(s: Tensor, c: Tensor, d: Tensor, t: Tensor, count: int) -> tup
     return s, torch.addcmul(s - c, t, torch.tanh(s)).abs()
 
 
-def _newton_matrix(h: Tensor, strict: Tensor, d: Tensor) -> Tensor:
-    """Return ``I + T diag(h')``, upper triangular, its diagonal without cancellation."""
-    slope = 1 - h * h
-    return strict * slope.unsqueeze(-2) + torch.diag_embed(tanh_slope(h, d))
-
-
-def solve_triangular_tanh(
-    c: Tensor,
-    strict: Tensor,
-    d: Tensor,
-    settings: Newton | None = None,
-    *,
-    cheap_steps: int = _MAX_CHEAP_STEPS,
-) -> Solution:
-    """Solve ``s + (d - 1) tanh(s) + strict tanh(s) = c``, with ``strict`` strictly upper triangular; no gradient.
-
-    Diagonal Newton steps for all rows first: what they neglect is nilpotent. Then Newton steps with the triangular
-    matrix for the rows that still need it, and back-substitution, which cannot fail, for the rest. A row has
-    converged when each equation holds to within ``atol + rtol`` times the size of its terms.
-
-    Args:
-        c: ``(*S, m)``.
-        strict: ``(*B, m, m)``; B broadcasts with S.
-        d: ``(*B, m)``, positive.
-        settings: Tolerances; ``max_steps`` bounds the triangular Newton steps.
-        cheap_steps: Bound on the diagonal steps.
-
-    Returns:
-        The solution; ``num_steps`` counts diagonal and triangular steps of a row together, and is one more than
-        their bound where back-substitution finished it.
-    """
-    settings = Newton(max_steps=8) if settings is None else settings
-    system = _System(c, strict, d)
-    if is_blind(c):
-        s = system.back_substitution(settings)
-        steps = torch.zeros(s.shape[:-1], dtype=torch.int32, device=s.device)
-        return system.solution(s, system.residual(s), steps, settings)
-    goal = 8 * torch.finfo(c.dtype).eps
-    todo = system.c.isfinite().all(-1)
-    s, r, steps, todo = _diagonal_steps(system, _start(system.c, d), todo, cheap_steps, goal, share=_GATHER_BELOW)
-    if todo.any():
-        # the last rows go on alone, as they would have done among the others
-        some, taken = system.rows(todo), steps[todo]
-        left = torch.ones_like(taken, dtype=torch.bool)
-        rest, r_rest, more, left = _diagonal_steps(some, s[todo], left, cheap_steps - int(taken.amax()), goal)
-        taken = taken + more
-        if left.any():
-            rest, r_rest = rest.clone(), r_rest.clone()
-            rest[left], r_rest[left], more = _finish_rows(some.rows(left), rest[left], settings, goal)
-            taken[left] += more
-        s, r = s.clone(), r.clone()
-        s[todo], r[todo], steps[todo] = rest, r_rest, taken
-    return system.solution(s, r, steps, settings)
-
-
-def _diagonal_steps(
-    system: _System, s: Tensor, todo: Tensor, bound: int, goal: float, share: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Take diagonal Newton steps until no more than a share of the rows has work left.
-
-    Returns:
-        The points, their residuals, the steps of each row, and whether it has work left. A row stops where it would
-        stop alone.
-    """
-    small = goal * system.size
-    h, r = system.look(s)
-    steps = torch.zeros_like(todo, dtype=torch.int32)
-    count, left, taken = todo.numel(), int(todo.sum()), 0
-    while taken < bound and left > (share * count if taken else 0):
-        new, new_h, new_r = s, h, r
-        more = min(_CHEAP_STEPS, bound - taken)
-        for _ in range(more):
-            old, old_r = new, new_r
-            new = system.diagonal_step(new, new_h, new_r)
-            new_h, new_r = system.look(new)
-        # the point before the last step decides: that step takes it to rounding
-        done = todo & (old_r.abs() <= small).all(-1)
-        now_left = left - int(done.sum())
-        if now_left < left:
-            # or away from it, where the slope nearly vanishes
-            worse = (done & (new_r.abs().amax(-1) > old_r.abs().amax(-1))).unsqueeze(-1)
-            new, new_r = torch.where(worse, old, new), torch.where(worse, old_r, new_r)
-        if left < count:
-            moved = todo.unsqueeze(-1)
-            new, new_h, new_r = torch.where(moved, new, s), torch.where(moved, new_h, h), torch.where(moved, new_r, r)
-        s, h, r = new, new_h, new_r
-        steps = steps + more * todo.to(steps.dtype)
-        taken += more
-        todo, left = todo & ~done, now_left
-    return s, r, steps, todo
-
-
-class _System:
-    """The equations of some rows: ``s + transposed^T tanh(s) = c``."""
-
-    def __init__(self, c: Tensor, strict: Tensor, d: Tensor) -> None:
-        self.strict, self.d = strict, d
-        self.transposed = strict.mT + torch.diag_embed(d - 1)
-        batch = torch.broadcast_shapes(c.shape[:-1], d.shape[:-1], strict.shape[:-2])
-        self.c = c.expand(*batch, c.shape[-1])
-        #: Size of the terms that the residual is a difference of, a bound on rounding
-        self.size = 1 + self.transposed.abs().sum(-2) + self.c.abs()
-
-    def rows(self, mask: Tensor) -> _System:
-        """Return the system of the chosen rows only."""
-        m = self.c.shape[-1]
-        strict, d = self.strict, self.d
-        if strict.dim() > 2 or d.dim() > 1:
-            strict, d = strict.expand(*mask.shape, m, m)[mask], d.expand(*mask.shape, m)[mask]
-        return _System(self.c[mask], strict, d)
-
-    def look(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tanh(s) and the residual."""
-        h = torch.tanh(s)
-        if s.dim() == 2 and self.transposed.dim() == 2:
-            return h, torch.addmm(s - self.c, h, self.transposed)
-        return h, s - self.c + rows_times(h, self.transposed)
-
-    def residual(self, s: Tensor) -> Tensor:
-        return self.look(s)[1]
-
-    def diagonal_step(self, s: Tensor, h: Tensor, r: Tensor) -> Tensor:
-        return torch.addcdiv(s, r, torch.addcmul(self.d, h * h, self.d - 1, value=-1), value=-1)
-
-    def back_substitution(self, settings: Newton) -> Tensor:
-        """Solve exactly, the last coordinate first: m scalar equations."""
-        h: list[Tensor] = []
-        s: list[Tensor] = []
-        for i in reversed(range(self.c.shape[-1])):
-            rhs = self.c[..., i]
-            if h:
-                rhs = rhs - (torch.stack(h, -1) * self.strict[..., i, i + 1 :].flip(-1)).sum(-1)
-            s.append(solve_tanh(rhs, self.d[..., i], settings).value)
-            h.append(torch.tanh(s[-1]))
-        return torch.stack(s[::-1], dim=-1)
-
-    def solution(self, s: Tensor, r: Tensor, steps: Tensor, settings: Newton) -> Solution:
-        atol, rtol = settings.tolerances(s.dtype)
-        r = r.abs()
-        status = _status((r <= atol + rtol * self.size).all(-1), r.isfinite().all(-1))
-        return Solution(s, status, steps, r.amax(-1))
-
-
-def _triangular_step(system: _System, s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    matrix = _newton_matrix(torch.tanh(s), system.strict, system.d)
-    s = s - torch.linalg.solve_triangular(matrix, r.unsqueeze(-1), upper=True).squeeze(-1)
-    return s, system.residual(s)
-
-
-def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve by triangular Newton steps, then by back-substitution; the rows are one flat dimension."""
-    s = torch.where(s.isfinite(), s, _start(system.c, system.d))  # a diagonal step may have thrown a row far out
-    r = system.residual(s)
-    steps = torch.zeros(s.shape[0], dtype=torch.int32, device=s.device)
-    active = torch.ones_like(steps, dtype=torch.bool)
-    for _ in range(settings.max_steps):
-        if not active.any():
-            break
-        s[active], r[active] = _triangular_step(system.rows(active), s[active], r[active])
-        steps += active
-        active = ~(r.abs() <= goal * system.size).all(-1)
-    done = ~active
-    if settings.polish and done.any():  # to rounding, as above
-        new_s, new_r = _triangular_step(system.rows(done), s[done], r[done])
-        better = (new_r.abs().amax(-1) <= r[done].abs().amax(-1)).unsqueeze(-1)
-        s[done], r[done] = torch.where(better, new_s, s[done]), torch.where(better, new_r, r[done])
-    if active.any():
-        some = system.rows(active)
-        s[active] = some.back_substitution(Newton())
-        r[active] = some.residual(s[active])
-        steps += active
-    return s, r, steps
-
-
 class _TanhRoot(torch.autograd.Function):
     """``s(c, d)``. Its derivative is written with its own output, so that it has derivatives of every order."""
 
@@ -324,57 +141,6 @@ class _TanhRoot(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], c: Tensor, d: Tensor, *rest: Any) -> tuple[Tensor, int]:
         c, d = _in_front([c, d], in_dims, [0, 0])
         return _TanhRoot.apply(c, d, *rest), 0
-
-
-class _TriangularRoot(torch.autograd.Function):
-    """``s(c, strict, d)``, likewise."""
-
-    @staticmethod
-    def forward(c: Tensor, strict: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:
-        return finish(solve_triangular_tanh(c, strict, d, settings), owner, settings, given=c)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        c, strict, d, *_ = inputs
-        ctx.shape = c.shape
-        ctx.save_for_backward(output, strict, d)
-        ctx.save_for_forward(output, strict, d)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        s, strict, d = ctx.saved_tensors
-        h = torch.tanh(s)
-        matrix = _newton_matrix(h, strict, d)
-        v = torch.linalg.solve_triangular(matrix.mT, grad.unsqueeze(-1), upper=False).squeeze(-1)
-        grad_strict = grad_d = None
-        if ctx.needs_input_grad[1]:
-            if strict.dim() == 2:
-                grad_strict = -v.reshape(-1, v.shape[-1]).mT @ h.reshape(-1, h.shape[-1])
-            else:
-                grad_strict = (-v.unsqueeze(-1) * h.unsqueeze(-2)).sum_to_size(strict.shape)
-        if ctx.needs_input_grad[2]:
-            grad_d = (-v * h).sum_to_size(d.shape)
-        return v.sum_to_size(ctx.shape), grad_strict, grad_d, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dc: Tensor | None, dstrict: Tensor | None, dd: Tensor | None, *_: None) -> Tensor:
-        s, strict, d = ctx.saved_tensors
-        h = torch.tanh(s)
-        change = torch.zeros_like(s)
-        if dc is not None:
-            change = change + dc
-        if dstrict is not None:
-            change = change - rows_times(h, dstrict.mT)
-        if dd is not None:
-            change = change - dd * h
-        return torch.linalg.solve_triangular(_newton_matrix(h, strict, d), change.unsqueeze(-1), upper=True).squeeze(-1)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], c: Tensor, strict: Tensor, d: Tensor, *rest: Any
-    ) -> tuple[Tensor, int]:
-        c, strict, d = _in_front([c, strict, d], in_dims, [1, 2, 1])
-        return _TriangularRoot.apply(c, strict, d, *rest), 0
 
 
 def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: list[int]) -> list[Tensor]:
@@ -437,37 +203,4 @@ def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: st
     for _ in range(2):  # Newton steps with a graph: the first gives first derivatives, the second up to third ones
         h = torch.tanh(s)
         s = s - (s - c + (d - 1) * h) / tanh_slope(h, d)
-    return s
-
-
-def triangular_tanh_root(
-    c: Tensor,
-    strict: Tensor,
-    d: Tensor,
-    settings: Newton | None = None,
-    *,
-    owner: str = "triangular_tanh_root",
-) -> Tensor:
-    """Return the s with ``s + (d - 1) tanh(s) + strict tanh(s) = c``, differentiable in all three.
-
-    Args:
-        c: ``(*S, m)``.
-        strict: ``(*B, m, m)``, strictly upper triangular; B broadcasts with S.
-        d: ``(*B, m)``, positive.
-        settings: As in :func:`solve_triangular_tanh`, and what to do on failure.
-        owner: Whom an error names.
-
-    Raises:
-        ConvergenceError: if a row did not converge and the settings say so.
-    """
-    settings = Newton(max_steps=8) if settings is None else settings
-    if not torch.compiler.is_compiling():
-        root = _TriangularRoot.apply if _needs_graph(c, strict, d) else _TriangularRoot.forward
-        return root(c, strict, d, settings, owner)
-    with torch.no_grad():
-        s = finish(solve_triangular_tanh(c.detach(), strict.detach(), d.detach(), settings), owner, settings)
-    for _ in range(2):
-        h = torch.tanh(s)
-        r = s - c + (d - 1) * h + rows_times(h, strict.mT)
-        s = s - torch.linalg.solve_triangular(_newton_matrix(h, strict, d), r.unsqueeze(-1), upper=True).squeeze(-1)
     return s

@@ -20,52 +20,47 @@ from pyro_invflows.transforms.activations import (
     sigmoid,
     tanh,
 )
+from pyro_invflows.transforms.contractive_residual import (
+    ContractiveResidual,
+    conditional_contractive_residual,
+    contractive_residual,
+)
 from pyro_invflows.transforms.coupling import (
     AffineCoupling,
     affine_coupling,
     conditional_affine_coupling,
 )
+from pyro_invflows.transforms.diagonal import Diagonal, Shift, conditional_diagonal, conditional_shift, diagonal, shift
+from pyro_invflows.transforms.generalized_sylvester import (
+    GeneralizedSylvester,
+    conditional_generalized_sylvester,
+    generalized_sylvester,
+)
 from pyro_invflows.transforms.linear import (
-    Diagonal,
     Orthogonal,
-    Shift,
     SVDLinear,
-    conditional_diagonal,
     conditional_orthogonal,
-    conditional_shift,
     conditional_svd_linear,
-    diagonal,
     orthogonal,
-    shift,
     svd_linear,
+)
+from pyro_invflows.transforms.low_rank_residual import (
+    LowRankResidual,
+    conditional_low_rank_residual,
+    iresnet,
+    low_rank_residual,
 )
 from pyro_invflows.transforms.lowrank import LowRankLinear, conditional_low_rank_linear, low_rank_linear
 from pyro_invflows.transforms.noise import ConcatNoise, Slice, inject_noise, multi_scale, whitened_noise
 from pyro_invflows.transforms.numerical import NumericalInverse, numerical_inverse
 from pyro_invflows.transforms.planar import Planar, Radial, conditional_planar, conditional_radial, planar, radial
-from pyro_invflows.transforms.residual import (
-    ContractiveResidual,
-    LowRankResidual,
-    conditional_contractive_residual,
-    conditional_low_rank_residual,
-    contractive_residual,
-    iresnet,
-    low_rank_residual,
-)
 from pyro_invflows.transforms.shape import (
     Permute,
     PixelShuffle,
     permute,
     pixel_shuffle,
 )
-from pyro_invflows.transforms.sylvester import (
-    GeneralizedSylvester,
-    Sylvester,
-    conditional_generalized_sylvester,
-    conditional_sylvester,
-    generalized_sylvester,
-    sylvester,
-)
+from pyro_invflows.transforms.sylvester import Sylvester, conditional_sylvester, sylvester
 from pyro_invflows.transforms.whitening import Whitening, whitening
 
 __all__ = [

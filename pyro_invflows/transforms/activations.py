@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_invflows.base import Elementwise
-from pyro_invflows.conditional import Conditional
+from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.kinds import Elementwise
 
 __all__ = [
     "ELU",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_invflows.base import Bijection
-from pyro_invflows.checks import positive_int, widths
-from pyro_invflows.conditional import Conditional
-from pyro_invflows.nn import conv_network, dense_network
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.networks import conv_network, dense_network
+from pyro_invflows.support.checks import positive_int, widths
 
 __all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
 

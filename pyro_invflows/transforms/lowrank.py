@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.base import Bijection
-from pyro_invflows.checks import positive_int
-from pyro_invflows.conditional import Conditional
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.support.checks import positive_int
 
 __all__ = ["LowRankLinear", "conditional_low_rank_linear", "low_rank_linear"]
 

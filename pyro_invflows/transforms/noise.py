@@ -19,11 +19,12 @@ from pyro.distributions import ConditionalDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
 
-from pyro_invflows.base import sum_rightmost
-from pyro_invflows.checks import positive_int
-from pyro_invflows.compose import Chain, Inverted
-from pyro_invflows.flow import Flow
-from pyro_invflows.latents import NoiseInjection, is_exact, leaves
+from pyro_invflows.core.chain import Chain
+from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.core.flow import Flow
+from pyro_invflows.core.inverted import Inverted
+from pyro_invflows.core.latents import NoiseInjection, is_exact, leaves
+from pyro_invflows.support.checks import positive_int
 from pyro_invflows.transforms.shape import PixelShuffle
 from pyro_invflows.transforms.whitening import Whitening
 

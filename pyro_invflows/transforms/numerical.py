@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyro_invflows.autograd import full_precision, outside_inference_mode
-from pyro_invflows.base import Bijection, call_and_ladj
-from pyro_invflows.foreign import alone, hidden_tensors, inner_modules
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.foreign import alone, hidden_tensors, inner_modules
+from pyro_invflows.core.one_pass import call_and_ladj
 from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
+from pyro_invflows.support.derivatives import full_precision, outside_inference_mode
 
 __all__ = ["NumericalInverse", "numerical_inverse"]
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.autograd import full_precision
-from pyro_invflows.base import Bijection
-from pyro_invflows.conditional import Conditional
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.solvers import Newton, tanh_root, tanh_slope
+from pyro_invflows.support.derivatives import full_precision
 
 __all__ = ["Planar", "Radial", "conditional_planar", "conditional_radial", "planar", "radial"]
 

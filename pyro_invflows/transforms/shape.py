@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_invflows.base import VolumePreserving, event_constraint
-from pyro_invflows.checks import positive_int
+from pyro_invflows.core.events import event_constraint
+from pyro_invflows.core.kinds import VolumePreserving
+from pyro_invflows.support.checks import positive_int
 
 __all__ = ["Permute", "PixelShuffle", "permute", "pixel_shuffle"]
 

@@ -1,50 +1,29 @@
 r"""Sylvester layers: several planar ones at once, with an inverse in as many dimensions.
 
-van den Berg et al. (2018), *Sylvester normalizing flows for variational inference*; Hoogeboom et al. (2020), *The
-convolution exponential and generalized Sylvester flows*. The papers have no inverse, or a fixed point that diverges
-for legal parameters; here it is a root of a triangular system.
+van den Berg et al. (2018), *Sylvester normalizing flows for variational inference*. The paper has no inverse, and the
+fixed point that public implementations use diverges for legal parameters; here it is a root of a triangular system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.autograd import full_precision
-from pyro_invflows.base import Bijection
-from pyro_invflows.checks import positive_int
-from pyro_invflows.conditional import Conditional
-from pyro_invflows.nn import masked_network
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.solvers import (
     Newton,
-    Settings,
-    finish,
-    implicit_gradient,
-    iterate,
-    solve_tanh,
-    tanh_root,
     tanh_slope,
     triangular_tanh_root,
 )
-from pyro_invflows.solvers.solution import in_transform
+from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.derivatives import full_precision
 from pyro_invflows.transforms.planar import check_newton
 
-__all__ = [
-    "GeneralizedSylvester",
-    "Sylvester",
-    "conditional_generalized_sylvester",
-    "conditional_sylvester",
-    "generalized_sylvester",
-    "sylvester",
-]
-
-
-#: Bounds on |log a| and |log d| in the generalized layer; smooth, as in a coupling.
-_LARGEST_LOG_A, _LARGEST_LOG_D = 2.0, 3.0
+__all__ = ["Sylvester", "conditional_sylvester", "sylvester"]
 
 
 class Sylvester(Bijection):
@@ -189,195 +168,6 @@ class Sylvester(Bijection):
         return f"{self.input_dim}, hidden_dim={self.hidden_dim}, num_reflections={self.num_reflections}"
 
 
-class GeneralizedSylvester(Bijection):
-    r"""Pushes points by an autoregressive network, in rotated coordinates.
-
-    .. math:: y = x + W^T f(W x), \qquad f_i(v) = \frac{d_i - 1}{a_i} \tanh(a_i v_i + t_i) + u_i,
-
-    with W orthogonal and :math:`a_i, d_i > 0`, t_i and u_i functions of the coordinates of v before i (and of a
-    context) by a masked network; log a and log d are bounded smoothly, by 2 and 3. Invertible because the Jacobian of
-    :math:`v + f(v)` is triangular with the diagonal :math:`1 + (d_i - 1) \tanh' > 0`. Choose it where
-    :class:`Sylvester` is not flexible enough.
-
-    **Forward**: one evaluation of the network and two rotations by compact WY. **Inverse**: sweeps; each evaluates
-    the network and solves every coordinate exactly. They end after at most D, in practice far fewer; a row leaves when
-    it is done. First derivatives in reverse mode by the implicit function theorem (second ones raise
-    ``NotImplementedError``); with ``order=2``, under ``torch.func`` and while compiling, D sweeps with a graph, with
-    derivatives of every order. With large weights in the network x is ill-conditioned: then y is met to the tolerance,
-    x is not. **Log-det**: :math:`\sum_i \log(\tanh^2 + d_i (1 - \tanh^2))`, O(D) more, exact.
-    **Identity**: the start, exactly; W is drawn from torch's generator.
-
-    Args:
-        input_dim: D.
-        hidden_dims: Hidden widths of the network; default two of ``max(64, 3 D)``.
-        num_reflections: Householder reflections in W; default as in :class:`~pyro_invflows.Orthogonal`.
-        context_dim: Width of the context that the network also takes (see :class:`~pyro_invflows.Conditional`); while
-            not conditioned, the context is zero.
-        activation: Constructor of the network's activation.
-        order: Highest order of derivatives of the inverse, 1 or 2; 2 takes D sweeps with a graph.
-        solver: Tolerances, bound on the sweeps (D where left out) and what happens on failure.
-
-    Shape:
-        ``(*B, D) -> (*B, D)``.
-
-    Raises:
-        ValueError: if the event has another size.
-        ConvergenceError: in the inverse, where rounding keeps a row above the tolerance. A y that is not finite gives
-            NaN.
-
-    References:
-        Hoogeboom et al. (2020), Eqs. 9-11, with :math:`\gamma s_1 s_2 = d - 1` in (-0.95, 19) for their (-1, 1).
-
-    Example:
-        >>> layer = GeneralizedSylvester(3)
-        >>> _ = torch.nn.init.normal_(layer.hypernet[-1].weight, std=0.1)
-        >>> x = torch.randn(5, 3)
-        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
-        True
-    """
-
-    input_dim: int
-    triangle: Tensor
-    context: Tensor | None
-
-    def __init__(
-        self,
-        input_dim: int,
-        hidden_dims: Sequence[int] | None = None,
-        *,
-        num_reflections: int | None = None,
-        context_dim: int = 0,
-        activation: Callable[[], nn.Module] = nn.Tanh,
-        order: int = 1,
-        solver: Settings | None = None,
-        cache_size: int = 1,
-    ) -> None:
-        super().__init__(input_dim, cache_size=cache_size)
-        owner = "GeneralizedSylvester"
-        if order not in (1, 2):
-            raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
-        self.order = order
-        self.context_dim = positive_int(context_dim, "context_dim", owner, minimum=0)
-        k = input_dim - input_dim % 2 if num_reflections is None else num_reflections
-        self.num_reflections = positive_int(k, "num_reflections", owner, minimum=0)
-        if solver is not None and not isinstance(solver, Settings):
-            raise TypeError(f"{owner}: solver must be solvers.Settings(...), but got {type(solver).__name__}.")
-        self.solver = Settings(max_steps=input_dim) if solver is None else solver
-        self.vectors = nn.Parameter(torch.empty(k, input_dim))
-        self.register_buffer("triangle", linalg.triangle_mask(k, torch.empty(())), persistent=False)
-        self.register_buffer("context", None, persistent=False)
-        hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else hidden_dims
-        self.hypernet = masked_network(
-            input_dim, hidden, 4, context_dim=context_dim, activation=activation, zero_output=True
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the reflections; the network keeps its weights."""
-        nn.init.normal_(self.vectors, std=self.input_dim**-0.5)
-
-    def _coefficients(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return log a, d, t and u at v, each (*batch, D)."""
-        if self.context_dim:
-            if context is None:
-                context = v.new_zeros(self.context_dim)
-            batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-            v = torch.cat([v.expand(*batch, -1), context.expand(*batch, -1)], dim=-1)
-        log_a, log_d, t, u = self.hypernet(v).chunk(4, dim=-1)
-        log_a = _LARGEST_LOG_A * torch.tanh(log_a / _LARGEST_LOG_A)
-        return log_a, (_LARGEST_LOG_D * torch.tanh(log_d / _LARGEST_LOG_D)).exp(), t, u
-
-    @staticmethod
-    def _push(v: Tensor, log_a: Tensor, d: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f(v) and the tanh in it."""
-        h = torch.tanh(log_a.exp() * v + t)
-        return (d - 1) * (-log_a).exp() * h + u, h
-
-    @staticmethod
-    def _pull(q: Tensor, log_a: Tensor, t: Tensor) -> Tensor:
-        return (q - t) * (-log_a).exp()
-
-    @staticmethod
-    def _target(z: Tensor, log_a: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Return c of the scalar equations ``q + (d - 1) tanh q = c`` with ``q = a v + t``."""
-        return log_a.exp() * (z - u) + t
-
-    def _rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
-        return linalg.householder_product(self.vectors, x, mask=self.triangle, transpose=transpose)
-
-    def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        v = self._rotate(x, transpose=True)
-        log_a, d, t, u = self._coefficients(v, self.context)
-        push, h = self._push(v, log_a, d, t, u)
-        return x + self._rotate(push), (h, d)
-
-    @full_precision
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        z = self._rotate(y, transpose=True)
-        if self.context is not None:
-            z = z.expand(*torch.broadcast_shapes(z.shape[:-1], self.context.shape[:-1]), self.input_dim)
-        if in_transform(z) or (self.order == 2 and torch.is_grad_enabled()):
-            v = self._sweep_with_graph(z)
-        else:
-            with torch.no_grad():
-                v = self._solve(z.detach())
-
-            def residual(v: Tensor) -> Tensor:
-                return v + self._push(v, *self._coefficients(v, self.context))[0] - z
-
-            def diagonal(v: Tensor) -> Tensor:
-                coefficients = self._coefficients(v, self.context)
-                return tanh_slope(self._push(v, *coefficients)[1], coefficients[1])
-
-            v = implicit_gradient(
-                residual, v, structure="autoregressive", diagonal=diagonal, owner="GeneralizedSylvester"
-            )
-        coefficients = self._coefficients(v, self.context)
-        push, h = self._push(v, *coefficients)
-        return y - self._rotate(push), (h, coefficients[1])
-
-    def _solve(self, z: Tensor) -> Tensor:
-        """Sweep until every row meets its tolerance, relative to the size of the terms of f."""
-        arguments: tuple[Tensor, ...] = (z,)
-        if self.context is not None:
-            arguments += (self.context.expand(*z.shape[:-1], self.context_dim),)
-
-        def relative(v: Tensor, z: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-            log_a, d, _, u = state
-            return (v + self._push(v, *state)[0] - z) / (1 + (d - 1).abs() * (-log_a).exp() + u.abs())
-
-        def residual(v: Tensor, z: Tensor, *context: Tensor) -> Tensor:
-            return relative(v, z, self._coefficients(v, *context))
-
-        def sweep(_: Any, v: Tensor, r: Tensor, state: Any, arguments: Any, seeking: Any) -> tuple[Tensor, Tensor, Any]:
-            z, *context = arguments
-            log_a, d, t, u = state
-            v = self._pull(solve_tanh(self._target(z, log_a, t, u), d).value, log_a, t)
-            state = self._coefficients(v, *context)  # at the new point: the next sweep needs no other evaluation
-            return v, relative(v, z, state), state
-
-        state = self._coefficients(z, *arguments[1:])
-        solution = iterate(
-            self.solver, residual, z, arguments, sweep, state, event_dim=1, scale=z, gather=True, polish=1
-        )
-        return finish(solution, "GeneralizedSylvester", self.solver, given=z)
-
-    def _sweep_with_graph(self, z: Tensor) -> Tensor:
-        """Take all D sweeps: exact, and so are their derivatives."""
-        v = z
-        for _ in range(self.input_dim):
-            log_a, d, t, u = self._coefficients(v, self.context)
-            v = self._pull(tanh_root(self._target(z, log_a, t, u), d, owner="GeneralizedSylvester"), log_a, t)
-        return v
-
-    def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Tensor, Tensor]) -> Tensor:
-        return tanh_slope(*aux).log().sum(-1)
-
-    def extra_repr(self) -> str:
-        context = f", context_dim={self.context_dim}" if self.context_dim else ""
-        return f"{self.input_dim}, num_reflections={self.num_reflections}{context}"
-
-
 def sylvester(
     input_dim: int,
     hidden_dim: int | None = None,
@@ -387,13 +177,6 @@ def sylvester(
 ) -> Sylvester:
     """Build a :class:`Sylvester`."""
     return Sylvester(input_dim, hidden_dim, num_reflections=num_reflections, solver=solver)
-
-
-def generalized_sylvester(
-    input_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
-) -> GeneralizedSylvester:
-    """Build a :class:`GeneralizedSylvester`; keywords as in the class."""
-    return GeneralizedSylvester(input_dim, hidden_dims, **kwargs)
 
 
 def conditional_sylvester(
@@ -408,10 +191,3 @@ def conditional_sylvester(
     """Build a :func:`sylvester` whose parameters a hypernetwork (of widths ``hidden_dims``) sets from a context."""
     layer = sylvester(input_dim, hidden_dim, num_reflections=num_reflections, solver=solver)
     return Conditional(layer, context_dim, hidden_dims=hidden_dims)
-
-
-def conditional_generalized_sylvester(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
-) -> Conditional:
-    """Build a :func:`generalized_sylvester` whose network also takes a context, which sets the rotation too."""
-    return Conditional(generalized_sylvester(input_dim, hidden_dims, context_dim=context_dim, **kwargs), context_dim)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pyro_invflows.base import Bijection
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.linalg import covariance_roots, oas_weight, triangular_root
 
 __all__ = ["Whitening", "whitening"]
 
@@ -150,7 +151,7 @@ class Whitening(Bijection):
         return self
 
     def _adapt(self) -> None:
-        self._set_map(self.statistics.mean, *_roots(self._shrunk(), self.method))
+        self._set_map(self.statistics.mean, *covariance_roots(self._shrunk(), self.method))
 
     def reset_statistics(self) -> None:
         """Forget all rows observed so far, as before a new window of a distribution that drifts."""
@@ -200,7 +201,7 @@ class Whitening(Bijection):
             )
             return torch.eye(d, dtype=raw.dtype, device=raw.device)
         if self.shrinkage == "oas":
-            weight = _oas(count, d, trace, raw.square().sum())
+            weight = oas_weight(count, d, trace, raw.square().sum())
             if rank < d:  # however many rows: enough to tell the missing directions from rounding
                 weight = torch.maximum(weight, 10 * limit * d / trace)
         else:
@@ -226,7 +227,7 @@ class Whitening(Bijection):
         self.mean.copy_(mean)
         if self.trainable:
             # every root of the covariance is its triangular one, rotated: A = L Q
-            factor = _triangular_root(colouring)
+            factor = triangular_root(colouring)
             self.triangle.copy_(factor.tril(-1) + factor.diagonal().log().diag())
             self.rotation.copy_(torch.linalg.solve_triangular(factor, colouring, upper=False))
         else:
@@ -293,49 +294,6 @@ class Whitening(Bijection):
         if self.dim != -1:
             parts.append(f"dim={self.dim}")
         return ", ".join(parts)
-
-
-# ---------------------------------------------------------------------- roots of a covariance
-
-
-def _oas(count: float, d: int, trace: Tensor, square: Tensor) -> Tensor:
-    """Return the weight of Chen et al. (2010), Eq. 23, from tr(S) and tr(S^2)."""
-    above = (1 - 2 / d) * square + trace**2
-    below = (count + 1 - 2 / d) * (square - trace**2 / d)
-    # 0 / 0 for a multiple of the identity, which no weight changes
-    return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 1.0).clamp(max=1.0)
-
-
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the square roots of the eigenvalues, largest first, and eigenvectors with a positive diagonal."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    signs = torch.where(vectors.diagonal() < 0, -1.0, 1.0)
-    # shrinkage has made them positive; rounding may not take that back
-    floor = values[0] * torch.finfo(values.dtype).tiny
-    return values.clamp_min(floor).sqrt(), vectors * signs
-
-
-def _roots(covariance: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """Return A with ``A A^T = covariance``, and its inverse."""
-    if method == "cholesky":
-        factor = torch.linalg.cholesky(covariance)
-        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
-    scale = covariance.diagonal().sqrt() if method.endswith("-cor") else None
-    root, vectors = _eigen(covariance if scale is None else covariance / scale.outer(scale))
-    colouring, whitening = vectors * root, (vectors / root).mT
-    if method.startswith("zca"):
-        colouring, whitening = colouring @ vectors.mT, vectors @ whitening
-    if scale is not None:
-        colouring, whitening = scale.unsqueeze(-1) * colouring, whitening / scale
-    return colouring, whitening
-
-
-def _triangular_root(colouring: Tensor) -> Tensor:
-    """Return the lower triangular L with positive diagonal and ``L L^T = A A^T``, without squaring A."""
-    factor = torch.linalg.qr(colouring.mT)[1].mT
-    return factor * torch.where(factor.diagonal() < 0, -1.0, 1.0)
 
 
 # ---------------------------------------------------------------------- statistics

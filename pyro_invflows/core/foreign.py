@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, IndependentTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_invflows.base import Bijection
+from pyro_invflows.core.bijection import Bijection
 
 __all__ = ["alone", "hidden_tensors", "inner_modules", "may_hide_tensors", "uncached"]
 

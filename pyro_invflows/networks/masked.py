@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_invflows.checks import activation_constructor, widths
+from pyro_invflows.support.checks import activation_constructor, widths
 
 __all__ = ["MaskedLinear", "masked_network"]
 

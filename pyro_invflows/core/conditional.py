@@ -8,10 +8,11 @@ import torch
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor, nn
 
-from pyro_invflows.base import Bijection, Elementwise
-from pyro_invflows.checks import positive_int
-from pyro_invflows.nn import dense_network
-from pyro_invflows.recompute import inner_layers, rebind
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.kinds import Elementwise
+from pyro_invflows.core.rebind import inner_layers, rebind
+from pyro_invflows.networks import dense_network
+from pyro_invflows.support.checks import positive_int
 
 __all__ = ["Conditional"]
 

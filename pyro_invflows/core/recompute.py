@@ -6,63 +6,27 @@ One autograd function whose inputs are every tensor that the chain's result depe
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_invflows.autograd import first_order_only
-from pyro_invflows.base import Bijection, call_and_ladj, inv_and_ladj, sum_rightmost
-from pyro_invflows.errors import ReconstructionError
-from pyro_invflows.foreign import alone
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.core.foreign import alone
+from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
+from pyro_invflows.core.rebind import rebind
+from pyro_invflows.support.derivatives import first_order_only
+from pyro_invflows.support.errors import ReconstructionError
 
-__all__ = ["inner_layers", "rebind", "recompute"]
+__all__ = ["recompute"]
 
 _FIRST_ORDER = (
     "Chain(recompute=True) gives first derivatives only: its gradients cannot be differentiated again. Use "
     "recompute=False."
 )
-
-
-def inner_layers(layer: Bijection) -> dict[str, Bijection]:
-    """Return the layers that a structure (a chain, an inverse) is made of, by attribute; not its sub-networks."""
-    return {
-        name: child
-        for name, child in layer._modules.items()
-        # what stands inside torch's own wrappers ("inner_...") cannot be exchanged there
-        if isinstance(child, Bijection) and not name.startswith("inner_")
-    }
-
-
-def rebind(
-    layer: Bijection, values: Mapping[str, Tensor], batch_shapes: Mapping[str, torch.Size] = {}, prefix: str = ""
-) -> Bijection:
-    """Return a shallow copy with ``values`` as buffers in place of own tensors, here and in inner layers.
-
-    A copy, not ``functional_call``: that one swaps tensors on the shared layer, which is not thread-safe.
-
-    Args:
-        layer: The layer; it is left alone.
-        values: Tensors by the name that ``named_parameters()`` and ``named_buffers()`` give them.
-        batch_shapes: Batch shapes of the layers that receive a value, by their path, where they change.
-        prefix: Path of ``layer`` in the names.
-    """
-    new = copy.copy(layer)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[registry] = dict(layer.__dict__[registry])
-    new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
-    for name in (*layer._parameters, *layer._buffers):
-        if prefix + name in values:
-            new._parameters.pop(name, None)
-            new._buffers[name] = values[prefix + name]
-            new._non_persistent_buffers_set.add(name)
-            new._batch_shape = batch_shapes.get(prefix, layer._batch_shape)
-    for name, child in inner_layers(layer).items():
-        new._modules[name] = rebind(child, values, batch_shapes, f"{prefix}{name}.")
-    return new
 
 
 def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:

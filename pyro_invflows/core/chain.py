@@ -1,4 +1,4 @@
-"""Structure: chains of layers, the inverse as a module, and repeated layers. Knows no family."""
+"""Chains of layers, and repeated layers. Knows no family."""
 
 from __future__ import annotations
 
@@ -7,37 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
-from torch.distributions.transforms import ReshapeTransform, _InverseTransform
+from torch.distributions import ComposeTransform, Transform
+from torch.distributions.transforms import _InverseTransform
 
-from pyro_invflows import latents as noise
-from pyro_invflows.base import Bijection, VolumePreserving, sum_rightmost
-from pyro_invflows.foreign import alone, hidden_tensors, inner_modules, may_hide_tensors, uncached
-from pyro_invflows.recompute import recompute
+from pyro_invflows.core import latents as noise
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.core.foreign import hidden_tensors, inner_modules, may_hide_tensors, uncached
+from pyro_invflows.core.inverted import Inverted
+from pyro_invflows.core.kinds import VolumePreserving
+from pyro_invflows.core.parts import _clear, _evaluate, _evaluate_inverse, _log_det, _trace
+from pyro_invflows.core.recompute import recompute
 
-__all__ = ["Chain", "Inverted", "stack"]
-
-
-def _evaluate(part: Transform, x: Tensor) -> tuple[Tensor, Any]:
-    """Return y and aux of any transform; a foreign one's is itself, as it was evaluated."""
-    if not isinstance(part, Bijection):
-        own = alone(part)
-        return own(x), own
-    if part._forward_hooks or part._forward_pre_hooks:  # they fire only through the module's own call
-        y = part(x)
-        return y, part._aux(x, y)
-    return part._evaluate(x)
-
-
-def _evaluate_inverse(part: Transform, y: Tensor) -> tuple[Tensor, Any]:
-    if isinstance(part, Bijection):
-        return part._evaluate_inverse(y)
-    own = alone(part)
-    return own.inv(y), own
-
-
-def _log_det(part: Transform, x: Tensor, y: Tensor, aux: Any) -> Tensor:
-    return part._log_det(x, y, aux) if isinstance(part, Bijection) else aux.log_abs_det_jacobian(x, y)
+__all__ = ["Chain", "stack"]
 
 
 def _adds_nothing(part: Transform, x: Tensor, extra: int, total: Tensor | None) -> bool:
@@ -46,128 +28,6 @@ def _adds_nothing(part: Transform, x: Tensor, extra: int, total: Tensor | None) 
         return False
     shape = part._log_det_shape(x)
     return total.shape == shape[: len(shape) - extra]
-
-
-class Inverted(Bijection):
-    """The inverse of a layer, as a layer: a module with the same parameters.
-
-    torch's ``layer.inv`` is no module, so its parameters miss the optimiser and ``.to()``. Use this one inside a
-    :class:`Chain`, a module or a guide.
-
-    **Forward**: the layer's inverse. **Inverse**: its forward. **Log-det**: minus the layer's. **Identity**: where
-    the layer is.
-
-    Args:
-        layer: Any transform; one of this library keeps its one-pass evaluation.
-
-    Raises:
-        TypeError: if it is not a transform.
-
-    Example:
-        >>> layer = Diagonal(3)
-        >>> inverted = Inverted(layer)
-        >>> x = torch.randn(5, 3)
-        >>> torch.equal(inverted(x), layer.inv(x)), inverted.layer is layer
-        (True, True)
-    """
-
-    def __init__(self, layer: Transform, *, cache_size: int = 1) -> None:
-        if not isinstance(layer, Transform):
-            hint = " Invert the layer that it conditions: Conditional(Inverted(layer), ...)."
-            hint = hint if hasattr(layer, "condition") else ""
-            raise TypeError(f"Inverted needs a transform, but got {type(layer).__name__}.{hint}")
-        super().__init__(cache_size=cache_size)
-        self.layer = layer
-        for i, module in enumerate([] if isinstance(layer, nn.Module) else inner_modules(layer)):
-            self.add_module(f"inner_{i}", module)
-        self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layer.codomain
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layer.domain
-
-    @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return self.layer.bijective
-
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        return noise.is_exact(self)
-
-    @property
-    def sign(self) -> Any:
-        return self.layer.sign
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        return getattr(self.layer, "batch_shape", torch.Size())
-
-    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
-        return _trace(self.layer, sizes, not inverse)
-
-    def _leaves(self, inverse: bool) -> Iterator[tuple[Transform, bool]]:
-        return noise.leaves(self.layer, not inverse)
-
-    def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
-        return self.layer.forward_shape(shape) if inverse else self.layer.inverse_shape(shape)
-
-    def _check(self, value: Tensor, inverse: bool) -> None:
-        if isinstance(self.layer, Bijection):
-            self.layer._check(value, not inverse)
-
-    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
-        return _evaluate_inverse(self.layer, x)
-
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
-        return _evaluate(self.layer, y)
-
-    def _aux(self, x: Tensor, y: Tensor) -> Any:
-        return self.layer._aux(y, x) if isinstance(self.layer, Bijection) else alone(self.layer)
-
-    def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
-        return -_log_det(self.layer, y, x, aux)
-
-    def _foreign_tensors(self) -> list[Tensor | None]:
-        return hidden_tensors(self.layer)
-
-    def clear_cache(self) -> None:
-        super().clear_cache()
-        _clear(self.layer)
-
-    def extra_repr(self) -> str:
-        return "" if isinstance(self.layer, nn.Module) else repr(self.layer)
-
-
-def _clear(transform: Transform) -> None:
-    if hasattr(transform, "clear_cache"):
-        transform.clear_cache()
-
-
-def _trace(part: Transform, sizes: Mapping[int, int], inverse: bool) -> dict[int, int]:
-    """Follow known event sizes through any transform; what cannot be known is forgotten."""
-    if isinstance(part, Bijection):
-        return part.trace_event(sizes, inverse)
-    if isinstance(part, _InverseTransform):
-        return _trace(part.inv, sizes, not inverse)
-    if isinstance(part, IndependentTransform):
-        return _trace(part.base_transform, sizes, inverse)
-    if isinstance(part, ReshapeTransform):
-        here, there = (part.out_shape, part.in_shape) if inverse else (part.in_shape, part.out_shape)
-        for axis, n in sizes.items():
-            if -len(here) <= axis and here[axis] != n:
-                raise ValueError(f"ReshapeTransform expects {here[axis]} elements along dim {axis}, but got {n}.")
-        return {i - len(there): n for i, n in enumerate(there)}
-    source = (part.codomain if inverse else part.domain).event_dim
-    method = part.inverse_shape if inverse else part.forward_shape
-    if all(axis in sizes for axis in range(-source, 0)) and source:
-        shape = method(torch.Size(sizes[axis] for axis in range(-source, 0)))
-        return {i - len(shape): n for i, n in enumerate(shape)}
-    keeps = Transform.inverse_shape if inverse else Transform.forward_shape
-    return dict(sizes) if getattr(method, "__func__", None) is keeps else {}
 
 
 class Chain(Bijection, nn.ModuleList):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_invflows.autograd import gradients_with_graph, in_reverse_mode_only
+from pyro_invflows.support.derivatives import gradients_with_graph, in_reverse_mode_only
 
 __all__ = ["LipSwish", "Sine", "value_and_slope"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_invflows.base import Bijection
+from pyro_invflows.core.bijection import Bijection
 
 __all__ = ["NoiseInjection", "from_latents", "is_exact", "latents", "leaves", "noise_flags"]
 

@@ -1,7 +1,7 @@
 """Networks that layers are made of: dense and convolutional, masked, and contractions."""
 
-from pyro_invflows.nn.activations import LipSwish, Sine, value_and_slope
-from pyro_invflows.nn.contraction import (
+from pyro_invflows.networks.activations import LipSwish, Sine, value_and_slope
+from pyro_invflows.networks.contraction import (
     ContractiveMLP,
     Conv2dContraction,
     LinearContraction,
@@ -9,9 +9,9 @@ from pyro_invflows.nn.contraction import (
     held_weights,
     lipschitz_bound,
 )
-from pyro_invflows.nn.dense import conv_network, dense_network
-from pyro_invflows.nn.linearisation import Linearisation, linearise
-from pyro_invflows.nn.masked import MaskedLinear, masked_network
+from pyro_invflows.networks.dense import conv_network, dense_network
+from pyro_invflows.networks.linearisation import Linearisation, linearise
+from pyro_invflows.networks.masked import MaskedLinear, masked_network
 
 __all__ = [
     "ContractiveMLP",

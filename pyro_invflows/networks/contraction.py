@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.checks import activation_constructor, positive_int, widths
-from pyro_invflows.nn.activations import LipSwish, value_and_slope
-from pyro_invflows.nn.dense import dense_network
-from pyro_invflows.nn.linearisation import Linearisation
+from pyro_invflows.networks.activations import LipSwish, value_and_slope
+from pyro_invflows.networks.dense import dense_network
+from pyro_invflows.networks.linearisation import Linearisation
+from pyro_invflows.support.checks import activation_constructor, positive_int, widths
 
 __all__ = [
     "ContractiveMLP",
@@ -119,7 +119,7 @@ class LinearContraction(nn.Module):
         ValueError: if ``lipschitz`` is not strictly between 0 and 1.
 
     Example:
-        >>> from pyro_invflows.nn import LinearContraction
+        >>> from pyro_invflows.networks import LinearContraction
         >>> layer = LinearContraction(3, 5, lipschitz=0.9)
         >>> _ = torch.nn.init.normal_(layer.weight, std=100.0)
         >>> bool(torch.linalg.matrix_norm(layer.contracted(), 2) <= 0.9)
@@ -218,7 +218,7 @@ class ContractiveMLP(nn.Module):
         ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
 
     Example:
-        >>> from pyro_invflows.nn import ContractiveMLP
+        >>> from pyro_invflows.networks import ContractiveMLP
         >>> net = ContractiveMLP(3, [16, 16], lipschitz=0.9)
         >>> net(torch.zeros(5, 3)).abs().max().item()  # starts at zero
         0.0
@@ -388,8 +388,9 @@ def make_activations(constructor: Callable[[], nn.Module], count: int, owner: st
         elementwise = type(activation) in _SLOPES or hasattr(activation, "value_and_slope")
         if not isinstance(activation, nn.Module) or not elementwise:
             raise ValueError(
-                f"{owner}: {type(activation).__name__} is no elementwise activation that is known. Take one of torch's "
-                "own, nn.LipSwish or nn.Sine, or a module with the attribute 'lipschitz' and value_and_slope(x)."
+                f"{owner}: {type(activation).__name__} is not a known elementwise activation. Take one of torch's "
+                "own, networks.LipSwish or networks.Sine, or a module with an attribute 'lipschitz' and a method "
+                "value_and_slope(x)."
             )
         lipschitz_bound(activation, owner=owner)
     return activations
@@ -421,13 +422,13 @@ def lipschitz_bound(module: nn.Module, *, owner: str = "lipschitz_bound", path: 
             bound *= lipschitz_bound(child, owner=owner, path=f"{path}.{name}" if path else name)
     else:
         raise ValueError(
-            f"{owner}: {where} is no contraction that is known. Use nn.LinearContraction, nn.Conv2dContraction, "
-            "nn.ContractiveMLP or activations with slopes of at most 1, or give the module an attribute 'lipschitz', "
-            "if you can promise one."
+            f"{owner}: {where} is not a known contraction. Use networks.LinearContraction, "
+            "networks.Conv2dContraction, networks.ContractiveMLP or activations with slopes of at most 1, or give the "
+            "module an attribute 'lipschitz', if you can promise one."
         )
     if bound > 1:
         raise ValueError(
             f"{owner}: {where} may stretch by {bound:.4g}, but a contraction needs slopes of at most 1. Take "
-            "nn.LipSwish for a swish, or scale the module."
+            "networks.LipSwish for a swish, or scale the module."
         )
     return bound

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["activation_constructor", "floating_tensor", "positive_int", "widths"]
+__all__ = ["activation_constructor", "derivative_order", "floating_tensor", "positive_int", "widths"]
 
 
 def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
@@ -42,3 +42,10 @@ def floating_tensor(value: Any, name: str, owner: str) -> Tensor:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{owner}: {name} must be a floating point tensor, but got {kind}; see torch.as_tensor.")
     return value
+
+
+def derivative_order(order: int, owner: str) -> int:
+    """Check the highest order of derivatives that is asked of an inverse."""
+    if order not in (1, 2):
+        raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
+    return order

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from pyro_invflows.checks import activation_constructor, widths
+from pyro_invflows.support.checks import activation_constructor, widths
 
 __all__ = ["conv_network", "dense_network"]
 

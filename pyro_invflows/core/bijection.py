@@ -1,34 +1,27 @@
-"""The base class of every layer, and the two functions that evaluate any transform in one pass.
+"""The base class of every layer.
 
 A layer is a :class:`torch.distributions.Transform` **and** a :class:`torch.nn.Module`. Its author writes three
-hooks (:class:`Bijection`), or fewer with :class:`Elementwise` and :class:`VolumePreserving`; shapes, checks,
-copying and the memo that spares a second evaluation belong to the base class.
+hooks (:class:`Bijection`), or fewer with the classes of :mod:`pyro_invflows.core.kinds`; shapes, checks, copying and
+the memo that spares a second evaluation belong to the base class.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TransformModule
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, IndependentTransform, Transform, constraints
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions import Transform, constraints
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyro_invflows.checks import positive_int
+from pyro_invflows.core.events import event_constraint, negative_axis
+from pyro_invflows.support.checks import positive_int
 
-__all__ = [
-    "Bijection",
-    "Elementwise",
-    "VolumePreserving",
-    "call_and_ladj",
-    "event_constraint",
-    "inv_and_ladj",
-]
+__all__ = ["Bijection"]
 
 _FORWARD, _INVERSE = "forward", "inverse"
 
@@ -43,33 +36,6 @@ class _Entry(NamedTuple):
     flags: tuple[Any, ...]
     # Held as objects, not as ids: an id can be reused once its tensor is gone.
     tensors: tuple[Tensor | None, ...]
-
-
-_REAL_EVENTS: dict[int, constraints.Constraint] = {n: constraints.independent(constraints.real, n) for n in range(1, 5)}
-_REAL_EVENTS[0] = constraints.real
-_REAL_EVENTS[1] = constraints.real_vector
-
-
-def event_constraint(event_dim: int) -> constraints.Constraint:
-    """Return the constraint "all of R^n" for events with ``event_dim`` dimensions."""
-    return _REAL_EVENTS[event_dim]
-
-
-def negative_axis(dim: int, owner: str) -> int:
-    """Check a layer's ``dim``, which must count from the right."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{owner}: dim must be an int, but got {dim!r}.")
-    if not -4 <= dim <= -1:
-        raise ValueError(
-            f"{owner}: dim must be between -4 and -1, but got {dim}. It counts from the right and sets the "
-            "event: -1 for vectors, -3 for the channels of (C, H, W)."
-        )
-    return dim
-
-
-def sum_rightmost(value: Tensor, count: int) -> Tensor:
-    """Sum the last ``count`` dimensions; torch's own helper fails on empty batches."""
-    return value.sum(tuple(range(-count, 0))) if count else value
 
 
 _optimiser_steps: int | None = None
@@ -475,173 +441,3 @@ class Bijection(TransformModule):
         if self.dim != -1:
             parts.append(f"dim={self.dim}")
         return ", ".join(parts)
-
-
-class Elementwise(Bijection):
-    """A layer that acts on each element alone: event dimension 0.
-
-    An author writes the function, its inverse and the log of its slope. Parameters have the ``shape`` given to
-    the constructor, which broadcasts against the input from the right.
-    """
-
-    domain: constraints.Constraint = constraints.real
-    codomain: constraints.Constraint = constraints.real
-    sign = +1  # the functions here are increasing
-
-    def __init__(self, shape: int | Iterable[int] = (), *, cache_size: int = 1) -> None:
-        super().__init__(cache_size=cache_size)
-        try:
-            self.shape = torch.Size((shape,) if isinstance(shape, int) else tuple(shape))
-        except TypeError:
-            raise TypeError(f"{type(self).__name__}: shape must be a tuple of ints, but got {shape!r}.") from None
-        if any(n < 0 for n in self.shape):
-            raise ValueError(f"{type(self).__name__}: shape must be non-negative, but got {tuple(self.shape)}.")
-
-    def _function(self, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
-
-    def _inverse_function(self, y: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define _inverse_function(y) -> x.")
-
-    def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define _log_slope(x, y) -> log|dy/dx|.")
-
-    def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
-        return self._function(x), None
-
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
-        return self._inverse_function(y), None
-
-    def _aux(self, x: Tensor, y: Tensor) -> None:
-        return None
-
-    def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
-        return self._log_slope(x, y)
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        # With no event dimension, the parameters' own shape is a batch shape too.
-        return self._batch_shape + self.shape
-
-    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
-        sizes = dict(sizes)
-        for axis in range(-len(self.shape), 0):
-            size = self.shape[axis]
-            if size == 1:
-                continue
-            known = sizes.setdefault(axis, size)
-            if known != size:
-                raise ValueError(
-                    f"{type(self).__name__} has parameters of shape {tuple(self.shape)}, which does not broadcast "
-                    f"with {known} elements along dim {axis}."
-                )
-        return sizes
-
-    def _check(self, value: Tensor, inverse: bool) -> None:
-        super()._check(value, inverse)
-        if self.shape and value.shape[-len(self.shape) :] != self.shape:
-            self._shape(value.shape, inverse)
-
-    def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
-        try:
-            return torch.Size(torch.broadcast_shapes(shape, self.batch_shape))
-        except RuntimeError:
-            raise ValueError(
-                f"{type(self).__name__} has parameters of shape {tuple(self.batch_shape)}, which does not broadcast "
-                f"with an input of shape {tuple(shape)}."
-            ) from None
-
-    def extra_repr(self) -> str:
-        return str(tuple(self.shape)) if self.shape else ""
-
-
-class VolumePreserving(Bijection):
-    """A layer with |det dy/dx| = 1. An author writes ``_function`` and ``_inverse_function`` only."""
-
-    def _function(self, x: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
-
-    def _inverse_function(self, y: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define _inverse_function(y) -> x.")
-
-    def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
-        return self._function(x), None
-
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
-        return self._inverse_function(y), None
-
-    def _aux(self, x: Tensor, y: Tensor) -> None:
-        return None
-
-    def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
-        return x.new_zeros(self._log_det_shape(x))
-
-
-def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluate any transform and the log-det of its Jacobian together.
-
-    A layer of this library takes one pass; a foreign one is asked through its own methods, also inside
-    ``ComposeTransform``, ``IndependentTransform`` and ``.inv``.
-
-    Args:
-        transform: Any torch ``Transform``.
-        x: A point, or a batch of points, of its domain.
-
-    Returns:
-        ``(y, log|dy/dx|)``.
-    """
-    if isinstance(transform, Bijection):
-        return transform._call_and_ladj(x)
-    if isinstance(transform, _InverseTransform):
-        return inv_and_ladj(transform.inv, x)
-    if isinstance(transform, IndependentTransform):
-        y, ladj = call_and_ladj(transform.base_transform, x)
-        return y, sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
-    if isinstance(transform, ComposeTransform):
-        return _compose_and_ladj(transform, x, inverse=False)
-    _require_transform(transform, "call_and_ladj")
-    y = transform(x)
-    return y, transform.log_abs_det_jacobian(x, y)
-
-
-def inv_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert any transform and evaluate the log-det of the inverse's Jacobian together.
-
-    Args:
-        transform: Any torch ``Transform``.
-        y: A point, or a batch of points, of its codomain.
-
-    Returns:
-        ``(x, log|dx/dy|)``: the negative of the forward log-det at x.
-    """
-    if isinstance(transform, Bijection):
-        return transform._inv_and_ladj(y)
-    if isinstance(transform, _InverseTransform):
-        return call_and_ladj(transform.inv, y)
-    if isinstance(transform, IndependentTransform):
-        x, ladj = inv_and_ladj(transform.base_transform, y)
-        return x, sum_rightmost(ladj, transform.reinterpreted_batch_ndims)
-    if isinstance(transform, ComposeTransform):
-        return _compose_and_ladj(transform, y, inverse=True)
-    _require_transform(transform, "inv_and_ladj")
-    x = transform.inv(y)
-    return x, -transform.log_abs_det_jacobian(x, y)
-
-
-def _require_transform(transform: object, owner: str) -> None:
-    if not isinstance(transform, Transform):
-        raise TypeError(f"{owner} needs a torch Transform, but got {type(transform).__name__}.")
-
-
-def _compose_and_ladj(compose: ComposeTransform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Walk a torch compose once, in either direction."""
-    step = inv_and_ladj if inverse else call_and_ladj
-    event_dim = (compose.codomain if inverse else compose.domain).event_dim
-    total: Tensor | None = None
-    for part in reversed(compose.parts) if inverse else compose.parts:
-        source, target = (part.codomain, part.domain) if inverse else (part.domain, part.codomain)
-        value, ladj = step(part, value)
-        ladj = sum_rightmost(ladj, event_dim - source.event_dim)
-        total = ladj if total is None else total + ladj
-        event_dim += target.event_dim - source.event_dim
-    return value, torch.zeros_like(value) if total is None else total

@@ -1,0 +1,1 @@
+"""What every layer and structure is made of; knows no family."""

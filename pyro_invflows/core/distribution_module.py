@@ -1,0 +1,96 @@
+"""A distribution's class and arguments as a module."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, constraints, transform_to
+
+__all__ = ["DistributionModule"]
+
+#: Arguments that say the same thing; the first that a distribution has is kept.
+_ALTERNATIVES = ({"scale_tril", "covariance_matrix", "precision_matrix"}, {"logits", "probs"})
+
+
+class DistributionModule(nn.Module):
+    """A distribution's class, and its arguments as buffers or parameters."""
+
+    def __init__(self, base: Distribution, trainable: bool) -> None:
+        super().__init__()
+        if not isinstance(base, Distribution):
+            raise TypeError(f"Flow needs a distribution as its base, but got {type(base).__name__}.")
+        self.kind = type(base)
+        takes_flag = "validate_args" in inspect.signature(type(base).__init__).parameters
+        self.unchecked = {"validate_args": False} if takes_flag else {}
+        self.validates = base._validate_args
+        self.constants: dict[str, Any] = {}
+        self.constraints: dict[str, constraints.Constraint] = {}
+        self.names: list[str] = []
+        try:
+            self._read(base, trainable)
+            rebuilt = self()
+            same = rebuilt.batch_shape == base.batch_shape and rebuilt.event_shape == base.event_shape
+        except Exception as error:
+            raise TypeError(self._refusal(base)) from error
+        if not same:
+            raise TypeError(self._refusal(base))
+
+    @staticmethod
+    def _refusal(base: Distribution) -> str:
+        return (
+            f"Flow cannot rebuild its base, a {type(base).__name__}, from its arguments. Use a distribution whose "
+            "constructor takes what its arg_constraints name (Normal, StudentT, Uniform, MultivariateNormal, ...), "
+            "made independent with .to_event(n), or use TransformedDistribution."
+        )
+
+    def _read(self, base: Distribution, trainable: bool) -> None:
+        if isinstance(base, Independent):
+            self.names = ["base_distribution", "reinterpreted_batch_ndims"]
+            self.base_distribution = DistributionModule(base.base_dist, trainable)
+            self.constants["reinterpreted_batch_ndims"] = base.reinterpreted_batch_ndims
+            return
+        signature = inspect.signature(type(base).__init__).parameters
+        names = [name for name in signature if name not in ("self", "validate_args")]
+        for group in _ALTERNATIVES:
+            given = [name for name in names if name in group]
+            if len(given) > 1:
+                keep = next(
+                    (n for n in ("scale_tril", "logits", *given) if n in given and n in base.__dict__), given[0]
+                )
+                names = [name for name in names if name not in given or name == keep]
+        for name in names:
+            value = getattr(base, name, getattr(base, f"_{name}", None))
+            if isinstance(value, Distribution):
+                self.add_module(name, DistributionModule(value, trainable))
+            elif isinstance(value, Tensor):
+                self._register(name, value.detach().clone(), base.arg_constraints.get(name), trainable)
+            elif signature[name].default is inspect.Parameter.empty or value is not None:
+                self.constants[name] = value
+            else:
+                continue
+            self.names.append(name)
+
+    def _register(self, name: str, value: Tensor, constraint: constraints.Constraint | None, trainable: bool) -> None:
+        if not trainable or constraint is None or not value.is_floating_point():
+            self.register_buffer(name, value)
+            return
+        self.constraints[name] = constraint
+        self.register_parameter(name, nn.Parameter(transform_to(constraint).inv(value).contiguous()))
+
+    def forward(self) -> Distribution:
+        arguments = {}
+        for name in self.names:
+            value = self.constants[name] if name in self.constants else getattr(self, name)
+            if name in self.constraints:
+                value = transform_to(self.constraints[name])(value)
+            arguments[name] = value() if isinstance(value, DistributionModule) else value
+        # The arguments were checked when the flow was built; checking them at each call costs more than a layer. Values
+        # are checked as by the distribution that was given.
+        rebuilt = self.kind(**arguments, **self.unchecked)  # type: ignore[arg-type]
+        rebuilt._validate_args = self.validates
+        return rebuilt
+
+    def extra_repr(self) -> str:
+        return self.kind.__name__

@@ -1,0 +1,117 @@
+"""A distribution that scores, and samples and scores, in one pass through its layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.distributions import TransformedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Transform
+
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.core.latents import NoiseInjection, leaves, noise_flags
+from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
+from pyro_invflows.support.checks import positive_int
+
+__all__ = ["FlowDistribution"]
+
+
+class FlowDistribution(TransformedDistribution):
+    """A ``TransformedDistribution`` that evaluates every layer once to score, and once to sample and score.
+
+    It gives the same numbers as ``TransformedDistribution`` wherever the density is exact, and has its constructor.
+
+    Example:
+        >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        >>> d = FlowDistribution(base, [affine_coupling(3)])
+        >>> x, log_prob = d.rsample_and_log_prob((5,))
+        >>> torch.allclose(log_prob, d.log_prob(x.clone()), atol=1e-5)
+        True
+    """
+
+    # No __init__ and no state of its own: expand(), plates and to_event() rebuild the parent.
+
+    def log_prob(self, value: Tensor, *, num_particles: int = 1) -> Tensor:
+        """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``.
+
+        Where a :class:`~pyro_invflows.Slice` makes it a lower bound, ``num_particles`` draws of what was dropped
+        tighten it: their log-mean-exp (Burda et al. 2016). Where a layer estimates its log-det, that many estimates are
+        averaged. Elsewhere it changes nothing.
+
+        Raises:
+            ValueError: if ``num_particles`` is below 1, or above it with ``Slice(score="sample")``, or with both a
+                ``Slice`` and an estimated log-det, whose log-mean-exp would be no bound.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        positive_int(num_particles, "num_particles", "log_prob")
+        if num_particles > 1 and any(noise_flags(transform).only_own_sample for transform in self.transforms):
+            raise ValueError(
+                'log_prob: Slice(score="sample") knows one value of what it dropped, so num_particles must be 1.'
+            )
+        draws, estimates = any(map(_draws_to_score, self.transforms)), any(map(_estimates, self.transforms))
+        if num_particles > 1 and (draws or estimates):
+            if draws and estimates:
+                raise ValueError(
+                    "log_prob: a Slice needs the log-mean-exp of its particles, an estimated log-det their mean; with "
+                    "both, num_particles must be 1. Take logdet.Exact() for the bound."
+                )
+            shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+            scores = self._score(value.expand(num_particles, *shape))
+            return scores.logsumexp(0) - math.log(num_particles) if draws else scores.mean(0)
+        return self._score(value)
+
+    def _score(self, value: Tensor) -> Tensor:
+        event_dim = len(self.event_shape)
+        total: Tensor | float = 0.0
+        for transform in reversed(self.transforms):
+            value, ladj = inv_and_ladj(transform, value)
+            total = total + sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
+            event_dim += transform.domain.event_dim - transform.codomain.event_dim
+        return total + sum_rightmost(_log_prob(self.base_dist, value), event_dim - len(self.base_dist.event_shape))
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer.
+
+        With ``Slice(score="data")`` the score draws afresh, as :meth:`log_prob` does.
+        """
+        if any(map(_draws_to_score, self.transforms)):
+            value = self.rsample(torch.Size(sample_shape))
+            return value, self._score(value)
+        value = self.base_dist.rsample(torch.Size(sample_shape))
+        total = _log_prob(self.base_dist, value)
+        event_dim = self._base_event_dim()
+        total = sum_rightmost(total, event_dim - len(self.base_dist.event_shape))
+        for transform in self.transforms:
+            value, ladj = call_and_ladj(transform, value)
+            total = total - sum_rightmost(ladj, event_dim - transform.domain.event_dim)
+            event_dim += transform.codomain.event_dim - transform.domain.event_dim
+        return value, total
+
+    def _base_event_dim(self) -> int:
+        """Event dimensions of the whole, counted on the base's side."""
+        event_dim = len(self.event_shape)
+        for transform in reversed(self.transforms):
+            event_dim += transform.domain.event_dim - transform.codomain.event_dim
+        return event_dim
+
+
+def _draws_to_score(transform: Transform) -> bool:
+    """Whether a score draws what a Slice dropped. A layer knows it; the walk is for foreign wrappers."""
+    return transform._draws_inverse if isinstance(transform, Bijection) else noise_flags(transform).draws_inverse
+
+
+def _estimates(transform: Transform) -> bool:
+    """Whether some layer's log-det is an estimate."""
+    return any(
+        not isinstance(leaf, NoiseInjection) and not getattr(leaf, "exact", True) for leaf, _ in leaves(transform)
+    )
+
+
+def _log_prob(base: Distribution, value: Tensor) -> Tensor:
+    """Return ``base.log_prob(value)``; torch's ``Independent`` fails on empty batches."""
+    if isinstance(base, Independent):
+        return sum_rightmost(_log_prob(base.base_dist, value), base.reinterpreted_batch_ndims)
+    return base.log_prob(value)

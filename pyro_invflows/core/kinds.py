@@ -1,0 +1,113 @@
+"""Kinds of layers that leave their author less to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_invflows.core.bijection import Bijection
+
+__all__ = ["Elementwise", "VolumePreserving"]
+
+
+class Elementwise(Bijection):
+    """A layer that acts on each element alone: event dimension 0.
+
+    An author writes the function, its inverse and the log of its slope. Parameters have the ``shape`` given to
+    the constructor, which broadcasts against the input from the right.
+    """
+
+    domain: constraints.Constraint = constraints.real
+    codomain: constraints.Constraint = constraints.real
+    sign = +1  # the functions here are increasing
+
+    def __init__(self, shape: int | Iterable[int] = (), *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        try:
+            self.shape = torch.Size((shape,) if isinstance(shape, int) else tuple(shape))
+        except TypeError:
+            raise TypeError(f"{type(self).__name__}: shape must be a tuple of ints, but got {shape!r}.") from None
+        if any(n < 0 for n in self.shape):
+            raise ValueError(f"{type(self).__name__}: shape must be non-negative, but got {tuple(self.shape)}.")
+
+    def _function(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _inverse_function(y) -> x.")
+
+    def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _log_slope(x, y) -> log|dy/dx|.")
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
+        return self._function(x), None
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
+        return self._inverse_function(y), None
+
+    def _aux(self, x: Tensor, y: Tensor) -> None:
+        return None
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
+        return self._log_slope(x, y)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        # With no event dimension, the parameters' own shape is a batch shape too.
+        return self._batch_shape + self.shape
+
+    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
+        sizes = dict(sizes)
+        for axis in range(-len(self.shape), 0):
+            size = self.shape[axis]
+            if size == 1:
+                continue
+            known = sizes.setdefault(axis, size)
+            if known != size:
+                raise ValueError(
+                    f"{type(self).__name__} has parameters of shape {tuple(self.shape)}, which does not broadcast "
+                    f"with {known} elements along dim {axis}."
+                )
+        return sizes
+
+    def _check(self, value: Tensor, inverse: bool) -> None:
+        super()._check(value, inverse)
+        if self.shape and value.shape[-len(self.shape) :] != self.shape:
+            self._shape(value.shape, inverse)
+
+    def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        try:
+            return torch.Size(torch.broadcast_shapes(shape, self.batch_shape))
+        except RuntimeError:
+            raise ValueError(
+                f"{type(self).__name__} has parameters of shape {tuple(self.batch_shape)}, which does not broadcast "
+                f"with an input of shape {tuple(shape)}."
+            ) from None
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.shape)) if self.shape else ""
+
+
+class VolumePreserving(Bijection):
+    """A layer with |det dy/dx| = 1. An author writes ``_function`` and ``_inverse_function`` only."""
+
+    def _function(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _inverse_function(y) -> x.")
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
+        return self._function(x), None
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
+        return self._inverse_function(y), None
+
+    def _aux(self, x: Tensor, y: Tensor) -> None:
+        return None
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
+        return x.new_zeros(self._log_det_shape(x))

@@ -1,0 +1,51 @@
+"""Shallow copies of layers with other tensors in place of their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_invflows.core.bijection import Bijection
+
+__all__ = ["inner_layers", "rebind"]
+
+
+def inner_layers(layer: Bijection) -> dict[str, Bijection]:
+    """Return the layers that a structure (a chain, an inverse) is made of, by attribute; not its sub-networks."""
+    return {
+        name: child
+        for name, child in layer._modules.items()
+        # what stands inside torch's own wrappers ("inner_...") cannot be exchanged there
+        if isinstance(child, Bijection) and not name.startswith("inner_")
+    }
+
+
+def rebind(
+    layer: Bijection, values: Mapping[str, Tensor], batch_shapes: Mapping[str, torch.Size] = {}, prefix: str = ""
+) -> Bijection:
+    """Return a shallow copy with ``values`` as buffers in place of own tensors, here and in inner layers.
+
+    A copy, not ``functional_call``: that one swaps tensors on the shared layer, which is not thread-safe.
+
+    Args:
+        layer: The layer; it is left alone.
+        values: Tensors by the name that ``named_parameters()`` and ``named_buffers()`` give them.
+        batch_shapes: Batch shapes of the layers that receive a value, by their path, where they change.
+        prefix: Path of ``layer`` in the names.
+    """
+    new = copy.copy(layer)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[registry] = dict(layer.__dict__[registry])
+    new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
+    for name in (*layer._parameters, *layer._buffers):
+        if prefix + name in values:
+            new._parameters.pop(name, None)
+            new._buffers[name] = values[prefix + name]
+            new._non_persistent_buffers_set.add(name)
+            new._batch_shape = batch_shapes.get(prefix, layer._batch_shape)
+    for name, child in inner_layers(layer).items():
+        new._modules[name] = rebind(child, values, batch_shapes, f"{prefix}{name}.")
+    return new

@@ -1,0 +1,183 @@
+"""Shifts and scales of single elements. With ``dim=-3`` they act on the channels of every pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.kinds import VolumePreserving
+from pyro_invflows.support.checks import floating_tensor
+
+__all__ = ["Diagonal", "Shift", "conditional_diagonal", "conditional_shift", "diagonal", "shift"]
+
+
+def _along(parameter: Tensor, dim: int) -> Tensor:
+    """Line a parameter ``(*B, D)`` up with axis ``dim`` of an input: ``(*B, D, 1, 1)`` for -3."""
+    return parameter if dim == -1 else parameter.reshape(parameter.shape + (1,) * (-dim - 1))
+
+
+def _sum_log_scale(layer: Bijection, log_scale: Tensor, x: Tensor) -> Tensor:
+    """Return the log-det of scaling by ``exp(log_scale)`` (*B, D) at every pixel."""
+    pixels = x.shape[x.dim() + layer.dim + 1 :].numel()
+    return (log_scale.sum(-1) * pixels).expand(layer._log_det_shape(x))
+
+
+class Shift(VolumePreserving):
+    r"""Adds a learned vector.
+
+    .. math:: y = x + b.
+
+    Invertible for every b. Choose it as the bias of layers that have none.
+
+    **Forward**, **Inverse**: O(D). **Log-det**: 0. **Identity**: the start, exactly (b = 0).
+
+    Args:
+        input_dim: D.
+        dim: Axis of the D elements.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+
+    Raises:
+        ValueError: if the event has another size.
+
+    Example:
+        >>> layer = Shift(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x)
+        True
+    """
+
+    def __init__(self, input_dim: int, *, dim: int = -1, cache_size: int = 1) -> None:
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        self.bias = nn.Parameter(torch.empty(input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set b = 0: the identity."""
+        nn.init.zeros_(self.bias)
+
+    def _function(self, x: Tensor) -> Tensor:
+        return x + _along(self.bias, self.dim)
+
+    def _inverse_function(self, y: Tensor) -> Tensor:
+        return y - _along(self.bias, self.dim)
+
+
+class Diagonal(Bijection):
+    r"""Scales each element and adds a learned vector.
+
+    .. math:: y = s \odot x + b, \qquad s = \pm e^{\lambda}.
+
+    Invertible because the size of s is learned through its logarithm; its signs are fixed. Choose it to set
+    location and scale, for example first or last in a flow.
+
+    **Forward**, **Inverse**: O(D), no division. **Log-det**: :math:`\sum_i \lambda_i`, once a pixel.
+    **Identity**: the start, exactly (:math:`\lambda = 0, b = 0`).
+
+    Args:
+        input_dim: D.
+        bias: Whether b is learned.
+        dim: Axis of the D elements.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+
+    Raises:
+        ValueError: if the event has another size.
+
+    Example:
+        >>> layer = Diagonal(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x)
+        True
+    """
+
+    sign_of_scale: Tensor
+
+    def __init__(self, input_dim: int, *, bias: bool = True, dim: int = -1, cache_size: int = 1) -> None:
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        self.log_scale = nn.Parameter(torch.empty(input_dim))
+        self.bias = nn.Parameter(torch.empty(input_dim)) if bias else None
+        self.register_buffer("sign_of_scale", torch.ones(input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set s = 1 and b = 0: the identity."""
+        nn.init.zeros_(self.log_scale)
+        nn.init.ones_(self.sign_of_scale)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, *, bias: bool = True, dim: int = -1) -> Diagonal:
+        """Build the layer whose scale is the diagonal of ``matrix`` (D, D), negative entries included.
+
+        Raises:
+            ValueError: if the matrix is not diagonal or has a zero on its diagonal.
+        """
+        floating_tensor(matrix, "matrix", "Diagonal.from_matrix")
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"Diagonal.from_matrix needs a (D, D) matrix, but got the shape {tuple(matrix.shape)}.")
+        scale = matrix.detach().diagonal()
+        if not torch.equal(torch.diag(scale), matrix.detach()) or not scale.isfinite().all() or (scale == 0).any():
+            raise ValueError(
+                "Diagonal.from_matrix needs a finite diagonal matrix without zeros on its diagonal; "
+                "SVDLinear.from_matrix takes any invertible one."
+            )
+        layer = cls(len(scale), bias=bias, dim=dim).to(matrix)
+        with torch.no_grad():
+            layer.log_scale.copy_(scale.abs().log())
+            layer.sign_of_scale.copy_(scale.sign())
+        return layer
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * _along(self.sign_of_scale * self.log_scale.exp(), self.dim)
+        return (y if self.bias is None else y + _along(self.bias, self.dim)), self.log_scale
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        centred = y if self.bias is None else y - _along(self.bias, self.dim)
+        return centred * _along(self.sign_of_scale * (-self.log_scale).exp(), self.dim), self.log_scale
+
+    def _aux(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.log_scale
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
+        return _sum_log_scale(self, aux, x)
+
+
+def shift(input_dim: int, *, dim: int = -1) -> Shift:
+    """Build a :class:`Shift`."""
+    return Shift(input_dim, dim=dim)
+
+
+def diagonal(input_dim: int, *, bias: bool = True, dim: int = -1) -> Diagonal:
+    """Build a :class:`Diagonal`."""
+    return Diagonal(input_dim, bias=bias, dim=dim)
+
+
+def conditional_shift(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    dim: int = -1,
+) -> Conditional:
+    """Build a :func:`shift` whose parameters a hypernetwork sets from a context."""
+    return Conditional(shift(input_dim, dim=dim), context_dim, hidden_dims=hidden_dims)
+
+
+def conditional_diagonal(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    bias: bool = True,
+    dim: int = -1,
+) -> Conditional:
+    """Build a :func:`diagonal` whose parameters a hypernetwork sets from a context."""
+    return Conditional(diagonal(input_dim, bias=bias, dim=dim), context_dim, hidden_dims=hidden_dims)

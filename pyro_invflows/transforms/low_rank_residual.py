@@ -1,0 +1,355 @@
+r"""Residual layers ``x + g(x)`` with a narrow contraction g, whose log-determinant and inverse are exact.
+
+Behrmann et al. (2019), *Invertible residual networks*. There the bound is an estimate, the log-determinant is sampled
+and the inverse stops early; here the bound is proved at every call, and determinant and inverse live in the few hidden
+dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_invflows import linalg
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.chain import Chain
+from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.networks import (
+    LipSwish,
+    value_and_slope,
+)
+from pyro_invflows.networks.contraction import (
+    affine,
+    check_lipschitz,
+    contract_product,
+    make_activations,
+)
+from pyro_invflows.solvers import Newton, finish, implicit_gradient
+from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
+from pyro_invflows.solvers.solution import in_transform, where_rows
+from pyro_invflows.support.checks import derivative_order, positive_int
+from pyro_invflows.support.derivatives import full_precision
+from pyro_invflows.transforms.diagonal import Diagonal
+
+__all__ = ["LowRankResidual", "conditional_low_rank_residual", "iresnet", "low_rank_residual"]
+
+FORMS = ("bottleneck", "sandwich")
+
+
+# ---------------------------------------------------------------------- low rank
+
+
+class _Network(NamedTuple):
+    """The contraction of a :class:`LowRankResidual`, its bound applied."""
+
+    weights: list[Tensor]  # into the hidden dimensions, perhaps within them, out of them
+    biases: Sequence[Tensor | None]
+    norm: Tensor  # of the first matrix
+
+
+#: A, s, B and t of :func:`~pyro_invflows.linalg.contraction_log_det`.
+_Factors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class LowRankResidual(Bijection):
+    r"""Moves points by a narrow network that is a contraction.
+
+    .. math:: y = x + \phi(W_1 W_2 x + b) \quad \text{(bottleneck)}, \qquad
+       y = x + W_3\, \phi(W_2\, \phi(W_1 x + b_1) + b_2) + b_3 \quad \text{(sandwich)},
+
+    with k hidden dimensions and the last matrix scaled by :math:`\min(1, c / \prod_i |W_i|)`, so that g has a Lipschitz
+    constant of at most c < 1 at any parameters. Invertible because x is the fixed point of the contraction :math:`y -
+    g(x)`. Choose it as the general-purpose layer where no coordinate is special: it needs no permutation and no split.
+
+    **Forward**: O(D k) a point, the norms O(k^2 D + k^3) once. **Inverse**: a root in k dimensions, :math:`s + W g(s)
+    = W y`, by Newton's method with its k x k matrix, finished by the fixed point, which the bound makes converge,
+    where that does not; implicit gradient, first order in reverse and forward mode (``NotImplementedError`` for second
+    derivatives); ``order=2`` for higher ones. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma,
+    O(D k^2) a point (bottleneck) or O(k^3) (sandwich). **Identity**: the start, exactly (the last matrix is zero); the
+    others are drawn from torch's generator.
+
+    Args:
+        input_dim: D.
+        hidden_dim: k; default ``floor(sqrt(D))``, and at least 1.
+        form: ``"bottleneck"`` or ``"sandwich"``; the latter costs less in many dimensions.
+        lipschitz: c, strictly between 0 and 1. The inverse stretches by at most 1 / (1 - c).
+        activation: Constructor of :math:`\phi`, elementwise with slopes of at most 1.
+        order: Highest order of derivatives of the inverse, 1 or 2.
+        solver: Tolerances and bound on the Newton steps, and what happens on failure, instead of the default.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``. A context shifts the biases only, so that one bound serves every context.
+
+    Raises:
+        ValueError: if ``lipschitz`` is not strictly between 0 and 1, the form is unknown, the activation is steeper
+            than 1, or the event has another size.
+        ConvergenceError: in the inverse, with a solver of your own. A y that is not finite gives NaN.
+
+    References:
+        Behrmann et al. (2019), Eqs. 1-3 and algorithm 1, for the principle.
+
+    Example:
+        >>> layer = LowRankResidual(9)
+        >>> _ = torch.nn.init.normal_(layer.weight_out)
+        >>> x = torch.randn(5, 9)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
+        True
+    """
+
+    input_dim: int
+    amortised = ("bias_in", "bias_mid", "bias_out")
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int | None = None,
+        *,
+        form: str = "bottleneck",
+        lipschitz: float = 0.97,
+        activation: Callable[[], nn.Module] = LipSwish,
+        order: int = 1,
+        solver: Newton | None = None,
+        cache_size: int = 1,
+    ) -> None:
+        super().__init__(input_dim, cache_size=cache_size)
+        owner = "LowRankResidual"
+        if form not in FORMS:
+            raise ValueError(f"{owner}: form must be one of {FORMS}, but got {form!r}.")
+        if solver is not None and not isinstance(solver, Newton):
+            raise TypeError(f"{owner}: solver must be solvers.Newton(...), but got {type(solver).__name__}.")
+        k = math.isqrt(input_dim) if hidden_dim is None else positive_int(hidden_dim, "hidden_dim", owner)
+        self.hidden_dim, self.form = k, form
+        self.lipschitz = check_lipschitz(lipschitz, owner)
+        self.order = derivative_order(order, owner)
+        self.solver = solver
+        (self.activation,) = make_activations(activation, 1, owner)
+        self.weight_in = nn.Parameter(torch.empty(k, input_dim))
+        self.weight_out = nn.Parameter(torch.empty(input_dim, k))
+        self.bias_out = nn.Parameter(torch.empty(input_dim))
+        if form == "sandwich":
+            self.weight_mid = nn.Parameter(torch.empty(k, k))
+            self.bias_in = nn.Parameter(torch.empty(k))
+            self.bias_mid = nn.Parameter(torch.empty(k))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the last matrix and bias to zero, the identity; draw the others."""
+        nn.init.normal_(self.weight_in, std=self.input_dim**-0.5)
+        nn.init.zeros_(self.weight_out)
+        nn.init.zeros_(self.bias_out)
+        if self.form == "sandwich":
+            nn.init.normal_(self.weight_mid, std=self.hidden_dim**-0.5)
+            nn.init.normal_(self.bias_in)
+            nn.init.normal_(self.bias_mid)
+
+    # ------------------------------------------------------------------ the contraction
+
+    def _network(self) -> _Network:
+        if self.form == "bottleneck":
+            raw, biases = [self.weight_in, self.weight_out], [None, self.bias_out]
+        else:
+            raw = [self.weight_in, self.weight_mid, self.weight_out]
+            biases = [self.bias_in, self.bias_mid, self.bias_out]
+        weights, norms = contract_product(raw, self.lipschitz)
+        return _Network(weights, biases, norms[0])
+
+    def _hidden(self, network: _Network, s: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Follow s, the image of the first matrix, up to the last activation; return the slopes on the way."""
+        if self.form == "bottleneck":
+            h, slope = value_and_slope(self.activation, affine(s, network.weights[1], network.biases[1]))
+            return h, (slope,)
+        h, first = value_and_slope(self.activation, s)
+        h, second = value_and_slope(self.activation, affine(h, network.weights[1], network.biases[1]))
+        return h, (first, second)
+
+    def _hidden_value(self, network: _Network, s: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the same without the slopes, which cost more than the value."""
+        h = s if self.form == "bottleneck" else activation(s)
+        return activation(affine(h, network.weights[1], network.biases[1]))
+
+    def _out(self, network: _Network, h: Tensor) -> Tensor:
+        return h if self.form == "bottleneck" else affine(h, network.weights[2], network.biases[2])
+
+    def _fold(self, network: _Network) -> Tensor:
+        """Return what leads from the last activation back to s, a matrix with k rows."""
+        return network.weights[0] if self.form == "bottleneck" else network.weights[0] @ network.weights[2]
+
+    def _factors(self, network: _Network, fold: Tensor, slopes: tuple[Tensor, ...]) -> _Factors:
+        """Return A, s, B, t: the Jacobian of ``s + fold h(s)``, whose determinant is that of dy/dx, is I + A s B t."""
+        first, *second = slopes
+        return (fold, second[0], network.weights[1], first) if second else (fold, first, network.weights[1], None)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[_Network, tuple[Tensor, ...]]]:
+        network = self._network()
+        h, slopes = self._hidden(network, affine(x, network.weights[0], network.biases[0]))
+        return x + self._out(network, h), (network, slopes)
+
+    @full_precision
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[_Network, Any]]:
+        network = self._network()
+        fold = self._fold(network)
+        c = affine(y, network.weights[0], network.biases[0])
+        if self.form == "sandwich":
+            c = c - affine(self.bias_out, network.weights[0], None)
+        if self._batch_shape:
+            c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
+
+        equation = FoldedEquation(
+            lambda s: self._hidden_value(network, s, self.activation),
+            fold,
+            lambda s: self._hidden(network, s)[1],
+            lambda slopes: linalg.contraction_matrix(*self._factors(network, fold, slopes)),
+        )
+        frozen = None if in_transform(c) else getattr(self.activation, "frozen", None)
+        activation = self.activation if frozen is None else frozen()
+        with torch.no_grad():
+            looped = equation._replace(hidden=lambda s: self._hidden_value(network, s, activation))
+            s, h = self._solve(looped, c, y, network.norm)
+        if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0 and not in_transform(c):
+            return y - self._out(network, looped.hidden(s) if h is None else h), (network, s)
+        s = implicit_gradient(
+            lambda s: equation.residual(s, c),
+            s,
+            jacobian=lambda s: equation.jacobian(equation.slopes(s)),
+            order=self.order,
+            owner="LowRankResidual",
+        )
+        h, slopes = self._hidden(network, s)
+        return y - self._out(network, h), (network, slopes)
+
+    def _solve(self, equation: FoldedEquation, c: Tensor, y: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Solve in the hidden dimensions; return h, too, where it is known.
+
+        The tolerance is that of y, hence the division by the first matrix's norm.
+        """
+        unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
+        if self.solver is not None or in_transform(c):
+            return self._newton(equation, c, y, unit, self.solver or Newton()), None
+        s, done, h = chord_steps(equation, c, c, unit, gather=not self._batch_shape)
+        if h is not None or done.all():
+            return s, h
+        if self._batch_shape:  # batched biases belong to their rows
+            return where_rows(done, s, self._newton(equation, c, y, unit, Newton())), None
+        rows = ~done
+        s[rows] = self._newton(equation, c[rows], y[rows], unit, Newton())
+        return s, None
+
+    def _newton(self, equation: FoldedEquation, c: Tensor, y: Tensor, unit: Tensor, settings: Newton) -> Tensor:
+        def scaled(s: Tensor, c: Tensor) -> Tensor:
+            return equation.residual(s, c) / unit
+
+        def step(s: Tensor, r: Tensor, c: Tensor) -> Tensor:
+            return linalg.solve(equation.jacobian(equation.slopes(s)), (r * unit).unsqueeze(-1)).squeeze(-1)
+
+        start = torch.where(c.isfinite(), c, 0)
+        push = F.linear(equation.hidden(start), equation.fold) / unit  # rounding is that of the terms
+        how: dict[str, Any] = {
+            "scale": (y.abs().amax(-1, keepdim=True) + push.abs().amax(-1, keepdim=True)).expand(c.shape),
+            "gather": not self._batch_shape,
+        }
+        solution = settings(scaled, start, c, step=step, **how)
+        if self.solver is None:
+            solution = finish_by_fixed_point(solution, scaled, start, (c,), self.lipschitz, unit=unit, **how)
+        return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
+
+    @full_precision
+    def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, Any]) -> Tensor:
+        network, slopes = aux
+        if isinstance(slopes, Tensor):  # the solution in the hidden dimensions, found where nobody wants a gradient
+            slopes = self._hidden(network, slopes)[1]
+        return linalg.contraction_log_det(*self._factors(network, self._fold(network), slopes))
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dim}, hidden_dim={self.hidden_dim}, form={self.form!r}, lipschitz={self.lipschitz}"
+
+
+# ---------------------------------------------------------------------- factories
+
+
+def low_rank_residual(
+    input_dim: int,
+    hidden_dim: int | None = None,
+    *,
+    form: str = "bottleneck",
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+    order: int = 1,
+    solver: Newton | None = None,
+) -> LowRankResidual:
+    """Build a :class:`LowRankResidual`."""
+    return LowRankResidual(
+        input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+    )
+
+
+def iresnet(
+    input_dim: int,
+    hidden_dim: int | None = None,
+    *,
+    num_blocks: int = 4,
+    form: str = "bottleneck",
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+    order: int = 1,
+    solver: Newton | None = None,
+    recompute: bool = False,
+) -> Chain:
+    """Build an invertible residual network: :class:`LowRankResidual` blocks with learned scales between them.
+
+    The scales (:class:`~pyro_invflows.Diagonal`) let the whole stretch space by more than the blocks' bounds allow.
+
+    Args:
+        input_dim: D.
+        hidden_dim: Hidden dimensions of each block; default ``floor(sqrt(D))``.
+        num_blocks: Number of blocks.
+        form: As in :class:`LowRankResidual`.
+        lipschitz: As in :class:`LowRankResidual`.
+        activation: As in :class:`LowRankResidual`.
+        order: As in :class:`LowRankResidual`.
+        solver: As in :class:`LowRankResidual`.
+        recompute: As in :class:`~pyro_invflows.Chain`: keep no activations.
+
+    Raises:
+        ValueError: if there is no block, or as in :class:`LowRankResidual`.
+
+    Example:
+        >>> chain = iresnet(6, num_blocks=3)
+        >>> len(chain)
+        5
+    """
+    positive_int(num_blocks, "num_blocks", "iresnet")
+    parts: list[Bijection] = []
+    for i in range(num_blocks):
+        if i:
+            parts.append(Diagonal(input_dim))
+        layer = low_rank_residual(
+            input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+        )
+        parts.append(layer)
+    return Chain(parts, recompute=recompute)
+
+
+def conditional_low_rank_residual(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] = (64, 64),
+    *,
+    hidden_dim: int | None = None,
+    form: str = "bottleneck",
+    lipschitz: float = 0.97,
+    activation: Callable[[], nn.Module] = LipSwish,
+    order: int = 1,
+    solver: Newton | None = None,
+) -> Conditional:
+    """Build a :func:`low_rank_residual` whose biases a hypernetwork (of widths ``hidden_dims``) sets from a context."""
+    layer = low_rank_residual(
+        input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+    )
+    return Conditional(layer, context_dim, hidden_dims=hidden_dims)
