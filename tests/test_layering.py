@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_no_circle():
         ready = {module for module, others in graph.items() if not others & graph.keys()}
         assert ready, f"a circle among {sorted(graph)}"
         graph = {module: others for module, others in graph.items() if module not in ready}
+
+
+def test_torch_private_state_is_read_in_one_place():
+    strays = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in MODULES.values()
+        if path.relative_to(ROOT) != Path("support/modes.py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"torch\._C|torch\._functorch|torch\._dynamo|forward_ad\._", line)
+    ]
+    assert not strays
 
 
 def test_import_is_inert():

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_invflows.core.events import event_constraint, negative_axis
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.modes import in_functorch, is_any_autocast
 
 __all__ = ["Bijection"]
 
@@ -227,7 +228,7 @@ class Bijection(TransformModule):
             self._event_shape(value.shape, event_dim, inverse)
 
     def _refuse_dtype(self, value: Tensor, name: str, tensor: Tensor) -> None:
-        if torch._C._is_any_autocast_enabled():
+        if is_any_autocast():
             return
         raise TypeError(
             f"{type(self).__name__}: input and parameters must have the same dtype, but the input is "
@@ -349,14 +350,14 @@ class Bijection(TransformModule):
     def _remember(self, x: Tensor, y: Tensor, aux: Any, direction: str) -> None:
         if torch.compiler.is_compiling():  # asked first, before a tensor or an attribute is touched
             return
-        if (self._cache_size == 0 and not self._only_own_sample) or torch._C._are_functorch_transforms_active():
+        if (self._cache_size == 0 and not self._only_own_sample) or in_functorch():
             return
         _watch_optimisers()
         stamp = self._stamp(x, y)
         self._memo = None if stamp is None else _Entry(x, y, aux, direction, *stamp)
 
     def _is_fresh(self, entry: _Entry) -> bool:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or in_functorch():
             return False
         if (entry.y if entry.direction == _FORWARD else entry.x).retains_grad:
             return False  # the caller wants the gradient of what it asks about, which the answer's graph bypasses
@@ -382,7 +383,7 @@ class Bijection(TransformModule):
         tensors: list[Tensor | None] = self._foreign_tensors()
         children: list[nn.Module | None] = []
         flags: list[Any] = [torch.is_grad_enabled(), _optimiser_steps]
-        if torch._C._is_any_autocast_enabled():
+        if is_any_autocast():
             flags.append(None if x.is_meta else torch.get_autocast_dtype(x.device.type))
         for module in (self, *kept[0]):
             attributes = module.__dict__

@@ -18,6 +18,7 @@ from pyro_invflows.core.inverted import Inverted
 from pyro_invflows.core.kinds import VolumePreserving
 from pyro_invflows.core.parts import _clear, _evaluate, _evaluate_inverse, _log_det, _trace
 from pyro_invflows.core.recompute import recompute
+from pyro_invflows.support.modes import in_functorch, is_any_autocast
 
 __all__ = ["Chain", "stack"]
 
@@ -257,8 +258,8 @@ class Chain(Bijection, nn.ModuleList):
             self.recompute
             and not torch.compiler.is_compiling()
             and torch.is_grad_enabled()
-            and not torch._C._is_any_autocast_enabled()
-            and not torch._C._are_functorch_transforms_active()
+            and not is_any_autocast()
+            and not in_functorch()
         )
 
     def _foreign_tensors(self) -> list[Tensor | None]:

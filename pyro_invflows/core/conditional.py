@@ -13,6 +13,7 @@ from pyro_invflows.core.kinds import Elementwise
 from pyro_invflows.core.rebind import inner_layers, rebind
 from pyro_invflows.networks import dense_network
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.modes import is_any_autocast
 
 __all__ = ["Conditional"]
 
@@ -128,7 +129,7 @@ class Conditional(ConditionalTransformModule):
             )
         reference = next(self.parameters(), context)
         if reference.dtype != context.dtype:
-            if not torch._C._is_any_autocast_enabled():
+            if not is_any_autocast():
                 raise TypeError(
                     f"Conditional: context and parameters must have the same dtype, but got {context.dtype} and "
                     f"{reference.dtype}. Convert one of them."

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_invflows.support.modes import in_functorch
+
 __all__ = ["log_abs_det", "solve"]
 
 #: Largest batched matrix that is left to LU on the CPU; 144 was seen right, 160 wrong.
@@ -25,7 +27,7 @@ _HALF = torch.float16, torch.bfloat16
 
 def _lu_is_right(matrix: Tensor) -> bool:
     # Under vmap one logical matrix may be a physical batch, so only the size decides there.
-    alone = matrix.dim() == 2 and not torch._C._are_functorch_transforms_active()
+    alone = matrix.dim() == 2 and not in_functorch()
     return alone or matrix.device.type != "cpu" or matrix.shape[-1] <= _LARGEST_BATCHED_LU
 
 
@@ -52,7 +54,7 @@ def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     if matrix.dtype in _HALF:
         return solve(matrix.float(), rhs.float()).to(rhs.dtype)
     if _lu_is_right(matrix):
-        if torch._C._are_functorch_transforms_active():
+        if in_functorch():
             return torch.linalg.inv(matrix) @ rhs
         return torch.linalg.solve(matrix, rhs)
     q, r = torch.linalg.qr(matrix)
@@ -75,7 +77,7 @@ def log_abs_det(matrix: Tensor) -> Tensor:
     if matrix.dtype in _HALF:
         return log_abs_det(matrix.float()).to(matrix.dtype)
     if _lu_is_right(matrix):
-        return _LogDet.apply(matrix) if torch._C._are_functorch_transforms_active() else torch.linalg.slogdet(matrix)[1]
+        return _LogDet.apply(matrix) if in_functorch() else torch.linalg.slogdet(matrix)[1]
     return torch.linalg.qr(matrix)[1].diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
 

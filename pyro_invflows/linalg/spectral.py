@@ -30,6 +30,7 @@ from pyro_invflows.linalg.singular import (
     rounding_factor,
 )
 from pyro_invflows.support.derivatives import without_autocast
+from pyro_invflows.support.modes import in_forward_mode, in_functorch
 
 __all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "spectral_norm_bounds"]
 
@@ -138,7 +139,7 @@ def _decompose_together(matrices: Sequence[Tensor]) -> list[Tensor] | None:
         top = torch.add(values[:, -1], values.sum(-1), alpha=max(rounding_factor(a) for a in doubles)).clamp_min(0)
         bounds = _round_up(top.sqrt(), torch.float32)
         vectors = vectors[..., -1]
-    if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
+    if not torch.is_grad_enabled() and not in_forward_mode():
         return list(bounds.unbind())
     return list(_StackedNorms.apply(bounds, vectors, *matrices).unbind())
 
@@ -233,7 +234,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors[1:]
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():  # second derivatives may follow
+        if torch.is_grad_enabled() or in_functorch():  # second derivatives may follow
             left, right = _Vectors.apply(*ctx.saved_tensors)
         return grad[..., None, None] * left.unsqueeze(-1) * right.conj().unsqueeze(-2), None, None, None
 
@@ -368,4 +369,4 @@ def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_hidden(value: Tensor) -> bool:
     """Whether values cannot be looked at."""
-    return torch.compiler.is_compiling() or value.is_meta or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or value.is_meta or in_functorch()

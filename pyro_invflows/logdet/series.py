@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.derivatives import first_order_only
+from pyro_invflows.support.modes import in_functorch
 
 __all__ = ["PowerSeries", "RussianRoulette"]
 
@@ -51,7 +52,7 @@ class _Series:
             linearisation: g at x, as :func:`pyro_invflows.networks.linearise` makes it.
             event_dim: Number of event dimensions.
         """
-        if torch._C._are_functorch_transforms_active():
+        if in_functorch():
             raise NotImplementedError(
                 f"{type(self).__name__} draws a random number of terms and does not work under torch.func; use "
                 "logdet.Exact() there."

@@ -23,6 +23,7 @@ from pyro_invflows.networks.activations import LipSwish, value_and_slope
 from pyro_invflows.networks.dense import dense_network
 from pyro_invflows.networks.linearisation import Linearisation
 from pyro_invflows.support.checks import activation_constructor, positive_int, widths
+from pyro_invflows.support.modes import functorch_level
 
 __all__ = [
     "ContractiveMLP",
@@ -71,7 +72,7 @@ def _hold(module: nn.Module, compute: Callable[[], Any]) -> Any:
     held = None if torch.compiler.is_compiling() else _HELD.get()
     if held is None:
         return compute()
-    level = torch._C._functorch.maybe_current_level() or 0
+    level = functorch_level()
     known = held.get(id(module))
     if known is None or known.level != level or (torch.is_grad_enabled() and not known.with_graph):
         known = held[id(module)] = _Weights(module, compute(), torch.is_grad_enabled(), level)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_invflows.support.modes import in_functorch
+
 __all__ = ["Linearisation", "linearise"]
 
 
@@ -33,7 +35,7 @@ class _Traced(Linearisation):
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> None:
         self.event_dim = event_dim
-        self._functional = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        self._functional = in_functorch() or torch.compiler.is_compiling()
         self._graph = torch.is_grad_enabled()
         if self._functional:
             self.value, self._pullback, *_ = torch.func.vjp(function, x)

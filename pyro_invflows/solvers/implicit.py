@@ -17,6 +17,7 @@ from pyro_invflows import linalg
 from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
 from pyro_invflows.solvers.solution import Settings, finish, row_max, where_rows
 from pyro_invflows.support.derivatives import first_order_only, without_autocast
+from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_tracing
 
 __all__ = ["implicit_gradient"]
 
@@ -85,13 +86,13 @@ def implicit_gradient(
         )
     if structure == "autoregressive" and diagonal is None:
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
-    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+    if not torch.compiler.is_compiling() and is_tracing():
         raise NotImplementedError(
             f"{owner}: torch.jit.trace (JitTrace_ELBO) would keep the steps that these data took for all data to come. "
             "Use Trace_ELBO, or torch.compile."
         )
     x = x.detach()
-    functorch = torch._C._are_functorch_transforms_active()
+    functorch = in_functorch()
     # autograd functions that a compiler cannot trace are avoided where the Jacobian is known
     if functorch or order == 2 or (jacobian is not None and torch.compiler.is_compiling()):
         if not exact:
@@ -101,12 +102,12 @@ def implicit_gradient(
             )
         if not functorch and not torch.is_grad_enabled():
             return x
-        if not functorch and not residual(x).requires_grad and torch.autograd.forward_ad._current_level < 0:
+        if not functorch and not residual(x).requires_grad and not in_forward_mode():
             return x  # nothing to differentiate by: the leaf that a step makes must not look like it
         for _ in range(2):
             x = _newton_step(residual, x, structure, event_dim, jacobian)
         return x
-    if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
+    if not torch.is_grad_enabled() and not in_forward_mode():
         return x
     value = residual(x)
     if not value.requires_grad and not _is_dual(value):
@@ -120,7 +121,7 @@ def _is_dual(value: Tensor) -> bool:
 
 def _diagonal(residual: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
     """Return ``F(x)`` and the diagonal of an elementwise residual's Jacobian."""
-    if torch._C._are_functorch_transforms_active():
+    if in_functorch():
         value, pullback, *_ = torch.func.vjp(residual, x)
         return value, pullback(torch.ones_like(value))[0]
     with torch.enable_grad():
@@ -143,7 +144,7 @@ def _newton_step(
         return x - value / slope
     if closed is not None:
         value, jacobian = residual(x), closed(x)
-    elif torch._C._are_functorch_transforms_active():
+    elif in_functorch():
         value, jacobian = residual(x), dense_jacobian(residual, x, event_dim)
     else:
         x = x if x.requires_grad else x.detach().requires_grad_()

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_invflows import linalg
 from pyro_invflows.solvers.rows import Residual, State, Step, iterate
 from pyro_invflows.solvers.solution import Settings, Solution, in_transform, where_rows
+from pyro_invflows.support.modes import in_functorch
 
 __all__ = ["Anderson", "FixedPoint", "Newton", "dense_jacobian"]
 
@@ -264,7 +265,7 @@ def dense_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: i
     A constant: no graph is kept. Row by row means that no element of the batch depends on another.
     """
     batch = x.shape[: x.dim() - event_dim]
-    if torch._C._are_functorch_transforms_active():
+    if in_functorch():
         value, pullback, *_ = torch.func.vjp(function, x)
         size = value.shape[len(batch) :].numel()
         rows = [pullback(basis)[0] for basis in _bases(value, batch, size)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning
+from pyro_invflows.support.modes import in_functorch, is_tracing
 
 __all__ = ["Settings", "Solution", "Status", "finish", "in_transform", "is_blind", "row_max", "where_rows"]
 
@@ -99,12 +100,12 @@ class Settings:
 
 def is_blind(value: Tensor) -> bool:
     """Whether the value cannot be looked at: a graph is being compiled or traced, or it is on the meta device."""
-    return torch.compiler.is_compiling() or value.is_meta or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or value.is_meta or is_tracing()
 
 
 def in_transform(value: Tensor) -> bool:
     """Whether the value cannot be looked at, or ``torch.func`` may hide it."""
-    return is_blind(value) or torch._C._are_functorch_transforms_active()
+    return is_blind(value) or in_functorch()
 
 
 def row_max(value: Tensor, event_dim: int) -> Tensor:

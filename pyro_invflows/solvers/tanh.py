@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_invflows.solvers.iterative import Newton
 from pyro_invflows.solvers.solution import Solution, Status, finish, is_blind
+from pyro_invflows.support.modes import in_forward_mode, in_functorch
 
 __all__ = ["solve_tanh", "tanh_root", "tanh_slope"]
 
@@ -168,11 +169,7 @@ def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: li
 
 def _needs_graph(*tensors: Tensor) -> bool:
     """Whether anything could ask for a derivative; where not, an autograd function only costs time."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    return in_functorch() or in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: str = "tanh_root") -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_any_autocast, is_tracing
+
 __all__ = [
     "first_order_only",
     "full_precision",
@@ -27,9 +29,9 @@ def in_reverse_mode_only() -> bool:
     There a hand-written function without forward mode and ``torch.func`` will do; under autocast it would have to
     follow its rules.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or in_functorch():
         return False
-    if torch._C._is_any_autocast_enabled() or torch.autograd.forward_ad._current_level >= 0 or torch._C._is_tracing():
+    if is_any_autocast() or in_forward_mode() or is_tracing():
         return False
     return torch.is_grad_enabled()
 
@@ -74,7 +76,7 @@ _HALF = torch.float16, torch.bfloat16
 
 def is_autocast(value: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor."""
-    if not torch._C._is_any_autocast_enabled() or value.is_meta:
+    if not is_any_autocast() or value.is_meta:
         return False
     return torch.is_autocast_enabled(value.device.type)
 

@@ -34,6 +34,7 @@ from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finis
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.support.checks import derivative_order, positive_int
 from pyro_invflows.support.derivatives import full_precision
+from pyro_invflows.support.modes import in_forward_mode
 from pyro_invflows.transforms.diagonal import Diagonal
 
 __all__ = ["LowRankResidual", "conditional_low_rank_residual", "iresnet", "low_rank_residual"]
@@ -212,7 +213,7 @@ class LowRankResidual(Bijection):
         with torch.no_grad():
             looped = equation._replace(hidden=lambda s: self._hidden_value(network, s, activation))
             s, h = self._solve(looped, c, y, network.norm)
-        if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0 and not in_transform(c):
+        if not torch.is_grad_enabled() and not in_forward_mode() and not in_transform(c):
             return y - self._out(network, looped.hidden(s) if h is None else h), (network, s)
         s = implicit_gradient(
             lambda s: equation.residual(s, c),

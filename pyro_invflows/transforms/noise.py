@@ -25,6 +25,7 @@ from pyro_invflows.core.flow import Flow
 from pyro_invflows.core.inverted import Inverted
 from pyro_invflows.core.latents import NoiseInjection, is_exact, leaves
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.modes import is_any_autocast
 from pyro_invflows.transforms.shape import PixelShuffle
 from pyro_invflows.transforms.whitening import Whitening
 
@@ -192,7 +193,7 @@ class ConcatNoise(NoiseInjection):
             super()._check(value, inverse)  # which says so
         self._event_shape(value.shape, -self.dim, inverse)
         dtype = self._noise_dtype()
-        if dtype != value.dtype and not torch._C._is_any_autocast_enabled():
+        if dtype != value.dtype and not is_any_autocast():
             raise TypeError(
                 f"{type(self).__name__}: input and noise must have the same dtype, but got {value.dtype} and {dtype}. "
                 f"Convert the layer with .to({value.dtype}) or the input with .to({dtype})."
