@@ -27,7 +27,8 @@ class Flow(nn.Module, ConditionalDistribution):
 
     Args:
         base: The base distribution. It is rebuilt at each call from its arguments (:attr:`arg_constraints`), also
-            inside ``Independent`` and mixtures.
+            inside ``Independent`` and mixtures. On the meta device, where torch has no values to check, make it with
+            ``validate_args=False``.
         transforms: Transforms and conditional transforms, the one next to the base first.
         trainable_base: Make the base's arguments parameters, in unconstrained form.
 

@@ -13,22 +13,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_invflows.support.checks import activation_constructor, widths
+from pyro_invflows.support.constants import HoldsConstants
 
 __all__ = ["MaskedLinear", "masked_network"]
 
 
-class MaskedLinear(nn.Linear):
-    """A linear layer some of whose weights are fixed at zero.
+class MaskedLinear(HoldsConstants, nn.Linear):
+    """A linear layer some of whose weights are fixed at zero: output i sees the inputs up to its own degree.
 
     Args:
-        mask: ``(out_features, in_features)``, True where a weight may differ from zero.
+        sources: Degree of each input.
+        targets: Degree of each output; a weight may differ from zero where that of its input is no larger.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+    def __init__(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        # numbers, not a tensor, which would be lost with the mask; first, because nn.Linear resets its parameters
+        self.sources, self.targets = tuple(sources), tuple(targets)
+        super().__init__(len(self.sources), len(self.targets))
+
+    def _constants(self, like: Tensor) -> dict[str, Tensor]:
+        sources, targets = (torch.tensor(degrees, device=like.device) for degrees in (self.sources, self.targets))
+        return {"mask": (targets.unsqueeze(-1) >= sources).to(like.dtype)}
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as ``nn.Linear`` does."""
+        super().reset_parameters()
+        self.fill_constants()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * self.mask, self.bias)
@@ -57,22 +69,19 @@ def masked_network(
         ``nn.Sequential``, ``(*B, D + context_dim) -> (*B, num_outputs * D)``; the first D outputs belong to the
         coordinates 1 to D, the next D again, and so on.
     """
-    inputs = torch.cat([torch.arange(1, input_dim + 1), torch.zeros(context_dim, dtype=torch.long)])
-    degrees = [inputs]
+    degrees = [[*range(1, input_dim + 1), *[0] * context_dim]]
     activation_constructor(activation, "masked_network")
     # A unit of degree k sees the inputs up to k; those of degree 0 see the context only.
     lowest = 0 if context_dim or input_dim == 1 else 1
     for width in widths(hidden_dims, "masked_network"):
-        spread = torch.arange(width) % max(input_dim - lowest, 1) + lowest
-        # a width of zero becomes one unit that sees nothing: torch has no use for empty layers
-        degrees.append(spread.clamp_max(input_dim - 1) if width else torch.tensor([-1]))
-    outputs = torch.arange(1, input_dim + 1).repeat(num_outputs) - 1
+        spread = [min(k % max(input_dim - lowest, 1) + lowest, input_dim - 1) for k in range(width)]
+        degrees.append(spread or [-1])  # a width of zero becomes one unit that sees nothing: torch has no empty layers
+    degrees.append([*range(input_dim)] * num_outputs)
     layers: list[nn.Module] = []
-    for i, (source, target) in enumerate(pairwise([*degrees, outputs])):
+    for i, (sources, targets) in enumerate(pairwise(degrees)):
         if i:
             layers.append(activation())
-        mask = target.unsqueeze(-1) >= source
-        layers.append(MaskedLinear(mask))
+        layers.append(MaskedLinear(sources, targets))
     if zero_output:
         with torch.no_grad():
             for parameter in layers[-1].parameters():

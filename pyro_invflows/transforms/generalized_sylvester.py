@@ -26,6 +26,7 @@ from pyro_invflows.solvers import (
 )
 from pyro_invflows.solvers.solution import in_transform
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.constants import HoldsConstants
 from pyro_invflows.support.derivatives import full_precision
 
 __all__ = ["GeneralizedSylvester", "conditional_generalized_sylvester", "generalized_sylvester"]
@@ -34,7 +35,7 @@ __all__ = ["GeneralizedSylvester", "conditional_generalized_sylvester", "general
 _LARGEST_LOG_A, _LARGEST_LOG_D = 2.0, 3.0
 
 
-class GeneralizedSylvester(Bijection):
+class GeneralizedSylvester(HoldsConstants, Bijection):
     r"""Pushes points by an autoregressive network, in rotated coordinates.
 
     .. math:: y = x + W^T f(W x), \qquad f_i(v) = \frac{d_i - 1}{a_i} \tanh(a_i v_i + t_i) + u_i,
@@ -109,7 +110,6 @@ class GeneralizedSylvester(Bijection):
             raise TypeError(f"{owner}: solver must be solvers.Settings(...), but got {type(solver).__name__}.")
         self.solver = Settings(max_steps=input_dim) if solver is None else solver
         self.vectors = nn.Parameter(torch.empty(k, input_dim))
-        self.register_buffer("triangle", linalg.triangle_mask(k, torch.empty(())), persistent=False)
         self.register_buffer("context", None, persistent=False)
         hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else hidden_dims
         self.hypernet = masked_network(
@@ -117,8 +117,12 @@ class GeneralizedSylvester(Bijection):
         )
         self.reset_parameters()
 
+    def _constants(self, like: Tensor) -> dict[str, Tensor]:
+        return {"triangle": linalg.triangle_mask(self.num_reflections, like)}
+
     def reset_parameters(self) -> None:
         """Draw the reflections; the network keeps its weights."""
+        self.fill_constants()
         nn.init.normal_(self.vectors, std=self.input_dim**-0.5)
 
     def _coefficients(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,12 +17,13 @@ from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.core.kinds import VolumePreserving
 from pyro_invflows.support.checks import floating_tensor, positive_int
+from pyro_invflows.support.constants import HoldsConstants
 from pyro_invflows.transforms.diagonal import _along, _sum_log_scale
 
 __all__ = ["Orthogonal", "SVDLinear", "conditional_orthogonal", "conditional_svd_linear", "orthogonal", "svd_linear"]
 
 
-class _Reflecting(Bijection):
+class _Reflecting(HoldsConstants, Bijection):
     """Shared by the layers with Householder factors; each holds ``num_reflections`` rows."""
 
     input_dim: int
@@ -33,8 +34,10 @@ class _Reflecting(Bijection):
         if num_reflections is None:
             num_reflections = input_dim - input_dim % 2  # enough for every rotation, and it can start at the identity
         self.num_reflections = positive_int(num_reflections, "num_reflections", type(self).__name__, minimum=0)
-        # a buffer, not rebuilt at each call: building it costs as much as a small product
-        self.register_buffer("triangle", linalg.triangle_mask(num_reflections, torch.empty(())), persistent=False)
+
+    def _constants(self, like: Tensor) -> dict[str, Tensor]:
+        # not made at each call: that costs as much as a small product
+        return {"triangle": linalg.triangle_mask(self.num_reflections, like)}
 
     def _new_vectors(self) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.num_reflections, self.input_dim))
@@ -113,6 +116,7 @@ class Orthogonal(_Reflecting, VolumePreserving):
 
     def reset_parameters(self) -> None:
         """Draw a start whose product is the identity; b = 0."""
+        self.fill_constants()
         linalg.identity_reflections(self.vectors)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -198,6 +202,7 @@ class SVDLinear(_Reflecting):
 
     def reset_parameters(self) -> None:
         """Draw factors whose products are the identity; s = 1, b = 0."""
+        self.fill_constants()
         linalg.identity_reflections(self.left_vectors)
         linalg.identity_reflections(self.right_vectors)
         nn.init.zeros_(self.log_scale)

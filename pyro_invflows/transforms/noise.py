@@ -396,7 +396,8 @@ def whitened_noise(
         (torch.Size([5, 3]), 'Whitening')
     """
     positive_int(noise_dim, "noise_dim", "whitened_noise")
-    base = Independent(Normal(torch.zeros(noise_dim), torch.ones(noise_dim)), 1)
+    # nothing to validate, and on the meta device it could not be
+    base = Independent(Normal(torch.zeros(noise_dim), torch.ones(noise_dim), validate_args=False), 1)
     return Flow(base, [Whitening(noise_dim, method=method, shrinkage=shrinkage, trainable=trainable)])
 
 

@@ -20,13 +20,14 @@ from pyro_invflows.solvers import (
     triangular_tanh_root,
 )
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.constants import HoldsConstants
 from pyro_invflows.support.derivatives import full_precision
 from pyro_invflows.transforms.planar import check_newton
 
 __all__ = ["Sylvester", "conditional_sylvester", "sylvester"]
 
 
-class Sylvester(Bijection):
+class Sylvester(HoldsConstants, Bijection):
     r"""Pushes points within a learned subspace, by a one-layer network with triangular weights.
 
     .. math:: y = x + Q R_1 \tanh(R_2 Q^T x + b), \qquad T = R_2 R_1, \quad T_{ii} > -1,
@@ -100,11 +101,14 @@ class Sylvester(Bijection):
         self.weight = nn.Parameter(torch.empty(m, m))
         self.raw_scale = nn.Parameter(torch.empty(m))
         self.bias = nn.Parameter(torch.empty(m))
-        self.register_buffer("triangle", linalg.triangle_mask(k, torch.empty(())), persistent=False)
         self.reset_parameters()
+
+    def _constants(self, like: Tensor) -> dict[str, Tensor]:
+        return {"triangle": linalg.triangle_mask(self.num_reflections, like)}
 
     def reset_parameters(self) -> None:
         """Set R_1 = 0 and b = 0, the identity; draw Q and R_2."""
+        self.fill_constants()
         nn.init.normal_(self.vectors, std=self.input_dim**-0.5)
         nn.init.normal_(self.weight, std=0.1 * self.hidden_dim**-0.5)
         with torch.no_grad():
