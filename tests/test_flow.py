@@ -65,6 +65,43 @@ def test_the_base_is_cloned():
     torch.testing.assert_close(flow().base_dist.base_dist.scale, torch.ones(3))
 
 
+def test_a_base_whose_tensors_require_gradients_is_refused():
+    """It was copied without a word, and the caller's parameter stayed at its start."""
+    loc = torch.nn.Parameter(torch.zeros(3))
+    mixture = dist.Categorical(logits=torch.zeros(2, requires_grad=True))
+    parts = dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)
+    bases = {
+        "parameter": dist.Normal(loc, 1.0).to_event(1),
+        "computed": dist.MultivariateNormal(2 * loc, eye(3)),
+        "expanded": dist.Normal(torch.zeros((), requires_grad=True), 1.0).expand([3]).to_event(1),
+        "mixture": dist.MixtureSameFamily(mixture, parts),
+        "pyro.param": dist.Normal(pyro.param("loc", torch.zeros(3)), 1.0).to_event(1),
+    }
+    for base in bases.values():
+        with pytest.raises(TypeError, match=r"require gradients.*trainable_base=True.*TransformedDistribution"):
+            pf.Flow(base, layers(3))
+        copied = pf.Flow(base, layers(3), trainable_base=True)
+        assert list(copied.base.parameters())
+    pf.Flow(dist.Normal(loc.detach(), 1.0).to_event(1), layers(3))
+
+
+def test_both_remedies_train_the_location_of_the_base():
+    """Maximum likelihood, whose closed form is the mean of the data pulled back."""
+    chain = scatter(pf.Chain([pf.orthogonal(2), pf.diagonal(2)])).requires_grad_(False)
+    data = chain(torch.randn(50, 2) + torch.tensor([3.0, -2.0])).clone()
+    loc = torch.zeros(2, requires_grad=True)
+    base = dist.Normal(loc, 1.0).to_event(1)
+    flow = pf.Flow(base, chain, trainable_base=True)
+    for score, trained in ((flow, flow.base.base_distribution.loc), (None, loc)):
+        optimiser = torch.optim.SGD([trained], lr=1.0)  # the Hessian is the unit matrix
+        for _ in range(2):
+            optimiser.zero_grad()
+            d = dist.TransformedDistribution(base, [chain]) if score is None else score()
+            (-d.log_prob(data).mean()).backward()
+            optimiser.step()
+        torch.testing.assert_close(trained.detach(), chain.inv(data).mean(0), rtol=1e-4, atol=1e-4)
+
+
 def test_it_refuses_what_it_cannot_rebuild():
     class Odd(dist.Normal):
         def __init__(self, hidden):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints, transform_to
 
-__all__ = ["DistributionModule"]
+__all__ = ["DistributionModule", "refuse_gradients"]
 
 #: Arguments that say the same thing; the first that a distribution has is kept.
 _ALTERNATIVES = ({"scale_tril", "covariance_matrix", "precision_matrix"}, {"logits", "probs"})
@@ -94,3 +94,29 @@ class DistributionModule(nn.Module):
 
     def extra_repr(self) -> str:
         return self.kind.__name__
+
+
+def refuse_gradients(distribution: Distribution, owner: str, remedy: str) -> None:
+    """Refuse a distribution whose tensors require gradients where it will be copied: the copies would be trained.
+
+    Args:
+        distribution: What is about to become a module.
+        owner: Name used in the message.
+        remedy: What to do instead, for the message.
+
+    Raises:
+        TypeError: if a tensor of it, or of the distributions inside it, requires gradients.
+    """
+    if _needs_grad(distribution):
+        raise TypeError(
+            f"{owner} copies the arguments of the distribution that it is given, but this "
+            f"{type(distribution).__name__} has tensors that require gradients, which would then never be trained. "
+            f"{remedy}"
+        )
+
+
+def _needs_grad(distribution: Distribution) -> bool:
+    return any(
+        value.requires_grad if isinstance(value, Tensor) else isinstance(value, Distribution) and _needs_grad(value)
+        for value in vars(distribution).values()
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_invflows.core.chain import Chain
-from pyro_invflows.core.distribution_module import DistributionModule
+from pyro_invflows.core.distribution_module import DistributionModule, refuse_gradients
 from pyro_invflows.core.flow_distribution import FlowDistribution
 
 __all__ = ["Flow"]
@@ -30,10 +30,13 @@ class Flow(nn.Module, ConditionalDistribution):
             inside ``Independent`` and mixtures. On the meta device, where torch has no values to check, make it with
             ``validate_args=False``.
         transforms: Transforms and conditional transforms, the one next to the base first.
-        trainable_base: Make the base's arguments parameters, in unconstrained form.
+        trainable_base: Make the base's arguments parameters of the flow, in unconstrained form. They start as copies
+            of the base's values.
 
     Raises:
-        TypeError: if the base cannot be rebuilt from its arguments, or a part is no transform.
+        TypeError: if the base cannot be rebuilt from its arguments, if these require gradients and ``trainable_base``
+            is not set (the flow holds copies, so the caller's tensors would never be trained), or if a part is not a
+            transform.
         ValueError: if base and layers do not fit; if a context is given to a flow without conditional parts, or
             missing in one with them.
 
@@ -54,6 +57,13 @@ class Flow(nn.Module, ConditionalDistribution):
         if isinstance(transforms, (Transform, ConditionalTransform)):
             transforms = [transforms]
         parts = list(transforms)
+        if isinstance(base, Distribution) and not trainable_base:
+            refuse_gradients(
+                base,
+                "Flow",
+                "Flow(base, ..., trainable_base=True) learns copies of its own; TransformedDistribution(base, ...) keeps "
+                "the tensors that it is given.",
+            )
         self.base = DistributionModule(base, trainable_base)
         self.is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
         self.transforms: Chain | nn.ModuleList

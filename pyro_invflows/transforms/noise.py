@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform, Tr
 
 from pyro_invflows.core.chain import Chain
 from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.core.distribution_module import refuse_gradients
 from pyro_invflows.core.flow import Flow
 from pyro_invflows.core.inverted import Inverted
 from pyro_invflows.core.latents import NoiseInjection, is_exact, leaves
@@ -353,11 +354,9 @@ def _as_flow(noise: Any) -> Flow:
         raise TypeError(
             f"ConcatNoise needs a Flow or a distribution as its noise, but got {type(noise).__name__}.{hint}"
         )
-    if _needs_grad(noise):
-        raise TypeError(
-            f"ConcatNoise makes a module of its noise, which would cut this {type(noise).__name__} off from its "
-            "tensors that require gradients. Give a Flow(noise, [], trainable_base=True), which learns them itself."
-        )
+    refuse_gradients(
+        noise, "ConcatNoise", "Give a Flow(noise, [], trainable_base=True), which learns copies of its own."
+    )
     if isinstance(noise, TransformedDistribution):
         return Flow(noise.base_dist, noise.transforms)
     return Flow(noise, [])
@@ -367,13 +366,6 @@ def _is_real(constraint: Any) -> bool:
     while hasattr(constraint, "base_constraint"):  # independent ones, and those of mixtures
         constraint = constraint.base_constraint
     return constraint is constraints.real
-
-
-def _needs_grad(distribution: Distribution) -> bool:
-    return any(
-        value.requires_grad if isinstance(value, Tensor) else isinstance(value, Distribution) and _needs_grad(value)
-        for value in vars(distribution).values()
-    )
 
 
 def whitened_noise(
