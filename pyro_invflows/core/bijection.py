@@ -430,6 +430,17 @@ class Bijection(TransformModule):
         state["_inv"] = state["_memo"] = state["_kept"] = None
         return state
 
+    # Written out: torch.nn.utils.parametrize makes the __getstate__ of the modules that it changes refuse.
+    def __copy__(self) -> Bijection:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(Bijection.__getstate__(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bijection:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(Bijection.__getstate__(self), memo))
+        return new
+
     def _apply(self, fn: Any, recurse: bool = True) -> Bijection:
         self.clear_cache()
         return super()._apply(fn, recurse)

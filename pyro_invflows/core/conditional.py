@@ -18,7 +18,7 @@ from pyro_invflows.support.modes import is_any_autocast
 __all__ = ["Conditional"]
 
 
-class Conditional(ConditionalTransformModule):
+class Conditional(nn.Module):
     r"""Lets a hypernetwork shift a layer's own parameters according to a context.
 
     .. math:: \theta(c) = \theta_0 + h(c).
@@ -46,8 +46,9 @@ class Conditional(ConditionalTransformModule):
 
     Raises:
         TypeError: if the template is not a layer of this library.
-        ValueError: if nothing in it can be conditioned, or it was built with another ``context_dim``; in ``condition``
-            for a context of another width.
+        ValueError: if nothing in it can be conditioned, a parameter that a context would set is computed by
+            ``torch.nn.utils.parametrize``, or it was built with another ``context_dim``; in ``condition`` for a context
+            of another width.
 
     Example:
         >>> layer = Conditional(Orthogonal(3), 2)
@@ -99,26 +100,37 @@ class Conditional(ConditionalTransformModule):
                     f"Conditional: the layer of '{name}' was built with context_dim={width}, but the context has "
                     f"{context_dim}."
                 )
-        self._shapes = {name: parameter.shape for name, parameter in _own_parameters(template)}
-        if not self._shapes and not any(_contexts(template)):
+        for _, layer, _ in _layers(template):
+            _refuse_parametrised(layer)
+        self._shapes = {
+            prefix: {name: parameter.shape for name, parameter in _parameters_of(layer)}
+            for prefix, layer, _ in _layers(template)
+        }
+        sizes = self._sizes()
+        if not sizes and not any(_contexts(template)):
             raise ValueError(
                 f"{type(template).__name__} cannot be conditioned: it has no parameters of its own that a context "
                 "could set. Couplings take a context when built with context_dim=...; use layers without parameters, "
                 "and foreign transforms, as they are, next to layers that take the context."
             )
-        total = sum(shape.numel() for shape in self._shapes.values())
         self.hypernet = (
-            dense_network(context_dim, hidden_dims, total, activation=activation, zero_output=True)
-            if self._shapes
+            dense_network(context_dim, hidden_dims, sum(sizes), activation=activation, zero_output=True)
+            if sizes
             else None
         )
+
+    inv = ConditionalTransformModule.inv
+
+    def _sizes(self) -> list[int]:
+        """Number of elements of each tensor that the hypernetwork sets."""
+        return [shape.numel() for shapes in self._shapes.values() for shape in shapes.values()]
 
     def condition(self, context: Tensor) -> Bijection:
         """Return the layer for a context ``(*B, context_dim)``.
 
         Raises:
             TypeError: if the context is not a floating point tensor.
-            ValueError: if its last dimension is not ``context_dim``.
+            ValueError: if its last dimension is not ``context_dim``, or the template has been parametrised.
         """
         if not isinstance(context, Tensor) or not context.is_floating_point():
             kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
@@ -138,15 +150,15 @@ class Conditional(ConditionalTransformModule):
         batch = context.shape[:-1]
         pieces: Iterator[Tensor] = iter(())
         if self.hypernet is not None:
-            sizes = [shape.numel() for shape in self._shapes.values()]
-            pieces = iter(self.hypernet(context).split(sizes, dim=-1))
+            pieces = iter(self.hypernet(context).split(self._sizes(), dim=-1))
         values: dict[str, Tensor] = {}
         batch_shapes: dict[str, torch.Size] = {}
         for prefix, layer, extra in _layers(self.template, self._extra):
             # the event dimensions of the whole that the layer does not see stand behind the context's batch
             batch_shapes[prefix] = shape = torch.Size((*batch, *(1,) * extra))
-            for name, parameter in _parameters_of(layer):
-                values[prefix + name] = parameter + next(pieces).reshape(shape + parameter.shape)
+            _refuse_parametrised(layer)
+            for name, own_shape in self._shapes[prefix].items():
+                values[prefix + name] = getattr(layer, name) + next(pieces).reshape(shape + own_shape)
             if getattr(layer, "context_dim", 0):
                 values[f"{prefix}context"] = context.reshape((*shape, self.context_dim)) if extra else context
         return rebind(self.template, values, batch_shapes)
@@ -158,6 +170,10 @@ class Conditional(ConditionalTransformModule):
     def clear_cache(self) -> None:
         """Forget the template's last evaluation."""
         self.template.clear_cache()
+
+
+# Registered, not inherited: the metaclass of Pyro's abstract class would clash with that of PyroModule[Conditional].
+ConditionalTransformModule.register(Conditional)
 
 
 def _event_dim(layer: Bijection) -> int:
@@ -187,10 +203,18 @@ def _parameters_of(layer: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def _own_parameters(template: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
-    for prefix, layer, _ in _layers(template):
-        for name, parameter in _parameters_of(layer):
-            yield prefix + name, parameter
+def _refuse_parametrised(layer: Bijection) -> None:
+    """Refuse a layer with a tensor that is computed by a parametrisation, which no other value can replace."""
+    for name, originals in (layer._modules.get("parametrizations") or nn.ModuleDict()).items():
+        # an original is the list's own; what is below belongs to the parametrisation
+        if list(originals.parameters(recurse=False)) and (layer.amortised is None or name in layer.amortised):
+            kind = type(layer).__name__.removeprefix("Parametrized")
+            raise ValueError(
+                f"Conditional: the parameters that a context sets must be the layer's own, but {name!r} of {kind} is "
+                "computed by torch.nn.utils.parametrize. Undo this with "
+                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}), or use the layer as it is, next "
+                "to layers that take the context."
+            )
 
 
 def _contexts(template: Bijection) -> Iterator[tuple[str, int]]:
