@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 
 import pyro
@@ -113,6 +115,114 @@ def test_a_bayesian_layer():
     scaled.log_scale = pyro.nn.PyroSample(dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     y, ladj = pf.call_and_ladj(scaled, torch.ones(3))  # one evaluation sees one draw
     torch.testing.assert_close(ladj, y.log().sum())
+
+
+def _conditional_flow(kind=pf.Flow):
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    return kind(base, [pf.orthogonal(3), pf.conditional_affine_coupling(3, 2, [8])], trainable_base=True)
+
+
+@pytest.mark.parametrize("way", ["subscript", "converted"])
+def test_a_flow_is_a_pyro_module(way):
+    """The abstract classes that Flow and Conditional inherited from had another metaclass than PyroModule."""
+    if way == "subscript":
+        flow = _conditional_flow(PyroModule[pf.Flow])
+    else:
+        flow = _conditional_flow()
+        pyro.nn.module.to_pyro_module_(flow)
+        assert isinstance(flow.transforms[1], PyroModule)
+        assert isinstance(flow.transforms[1], pf.Conditional)
+    assert isinstance(flow, PyroModule)
+    plain = _conditional_flow()
+    plain.load_state_dict(scatter(flow).state_dict())
+    context, y = torch.randn(4, 2), torch.randn(4, 3)
+    for own in (flow, copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        torch.testing.assert_close(own(context).log_prob(y), plain(context).log_prob(y))
+    with pytest.raises(AttributeError, match=r"flow\(\)\.log_prob"):
+        _ = flow.log_prob
+
+
+def test_what_is_registered_with_pyro_keeps_its_interface():
+    flow, layer = _conditional_flow(), pf.conditional_affine_coupling(3, 2, [8])
+    assert isinstance(flow, dist.ConditionalDistribution)
+    assert isinstance(layer, dist.ConditionalTransform)
+    assert isinstance(layer, dist.ConditionalTransformModule)
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    scatter(layer)
+    d = dist.ConditionalTransformedDistribution(base, [layer.inv])
+    context, y = torch.randn(4, 2), torch.randn(4, 3)
+    expected = base.log_prob(layer.condition(context)(y)) + layer.condition(context).log_abs_det_jacobian(
+        y, layer.condition(context)(y)
+    )
+    torch.testing.assert_close(d.condition(context).log_prob(y), expected)
+    assert set(layer.inv.state_dict()) == {f"_transform.{name}" for name in layer.state_dict()}
+
+
+def test_a_pyro_flow_inside_a_model_is_trained():
+    """All parameters reach the store by their path; the answer is the data's own Gaussian."""
+    data = torch.randn(200, 2) @ torch.tensor([[1.0, 0.5], [0.0, 0.7]]) + 1.0
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            base = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+            self.flow = PyroModule[pf.Flow](base, [pf.svd_linear(2)], trainable_base=True)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", self.flow(), obs=x)
+
+    model = Model()
+    pyro.nn.module.to_pyro_module_(model)
+    svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(300):
+        svi.step(data)
+    names = {name.replace("$$$", ".") for name in pyro.get_param_store()}
+    assert names == {name for name, _ in model.named_parameters()}
+    best = dist.MultivariateNormal(data.mean(0), torch.cov(data.T, correction=0)).log_prob(data).mean()
+    assert model.flow().log_prob(data).mean().item() > best.item() - 0.01
+
+
+def test_the_base_of_a_pyro_flow_may_have_a_prior():
+    flow = pf.Flow(dist.Normal(torch.zeros(2), 1.0).to_event(1), [pf.svd_linear(2)])
+    pyro.nn.module.to_pyro_module_(flow)
+    base = flow.base.base_distribution
+    base.loc = pyro.nn.PyroSample(dist.Normal(torch.full((2,), 5.0), 1.0).to_event(1))
+    trace = pyro.poutine.trace(lambda: pyro.sample("x", flow(), obs=torch.ones(2))).get_trace()
+    trace.compute_log_prob()
+    loc = trace.nodes["base.base_distribution.loc"]["value"]
+    chain = flow.transforms
+    expected = dist.TransformedDistribution(dist.Normal(loc, 1.0).to_event(1), [chain]).log_prob(torch.ones(2))
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"], expected)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_bayesian_flow_is_scored_with_the_draws_in_the_trace(conditional):
+    """The layers' parameters are drawn when the flow is called: the trace is scored after the model has ended."""
+
+    def build():
+        base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        if conditional:
+            parts = [pf.conditional_affine_coupling(3, 2, [8]), pf.conditional_diagonal(3, 2)]
+        else:
+            parts = [pf.orthogonal(3), pf.Inverted(pf.affine_coupling(3, [8])), pf.diagonal(3)]
+        return pf.Flow(base, parts)
+
+    flow, plain = build(), build()
+    pyro.nn.module.to_pyro_module_(flow)
+    for module in flow.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            prior = dist.Normal(torch.zeros(value.shape), 0.5).to_event(value.dim())
+            setattr(module, name, pyro.nn.PyroSample(prior))
+    y, context = torch.randn(3), [torch.randn(2)] if conditional else []
+    trace = pyro.poutine.trace(lambda: pyro.sample("y", flow(*context), obs=y)).get_trace()
+    trace.compute_log_prob()
+    drawn = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
+    assert set(drawn) == {name for name, _ in plain.named_parameters()}
+    state = plain.state_dict()
+    plain.load_state_dict({**state, **drawn})
+    torch.testing.assert_close(trace.nodes["y"]["log_prob"], plain(*context).log_prob(y))
+    assert not torch.equal(flow(*context).log_prob(y), flow(*context).log_prob(y))
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, JitTrace_ELBO])

@@ -8,17 +8,19 @@ from typing import Any, cast
 import torch
 from pyro.distributions import ConditionalDistribution
 from pyro.distributions.conditional import ConditionalTransform
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_invflows.core.chain import Chain
 from pyro_invflows.core.distribution_module import DistributionModule, refuse_gradients
 from pyro_invflows.core.flow_distribution import FlowDistribution
+from pyro_invflows.core.rebind import settled
 
 __all__ = ["Flow"]
 
 
-class Flow(nn.Module, ConditionalDistribution):
+class Flow(nn.Module):
     """A base distribution and layers as one module.
 
     ``flow()`` is the distribution, ``flow(context)`` (or ``flow.condition(context)``) the conditioned one. The
@@ -61,8 +63,8 @@ class Flow(nn.Module, ConditionalDistribution):
             refuse_gradients(
                 base,
                 "Flow",
-                "Flow(base, ..., trainable_base=True) learns copies of its own; TransformedDistribution(base, ...) keeps "
-                "the tensors that it is given.",
+                "Flow(base, ..., trainable_base=True) learns copies of its own; TransformedDistribution(base, ...) "
+                "keeps the tensors that it is given.",
             )
         self.base = DistributionModule(base, trainable_base)
         self.is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
@@ -88,13 +90,17 @@ class Flow(nn.Module, ConditionalDistribution):
             return self.condition(context)
         if self.is_conditional:
             raise ValueError("This Flow has conditional parts: call it with a context, flow(context).")
+        transforms = self._transforms_now()
         if self._shapes is None:
-            return FlowDistribution(self.base(), [self.transforms])
+            return FlowDistribution(self.base(), [transforms])
         new = FlowDistribution.__new__(FlowDistribution)  # as torch's own expand() does
-        new.base_dist, new.transforms = self.base(), [self.transforms]
+        new.base_dist, new.transforms = self.base(), [transforms]
         Distribution.__init__(new, *self._shapes, validate_args=False)
         new._validate_args = FlowDistribution._validate_args
         return new
+
+    def _transforms_now(self) -> Any:
+        return settled(self.transforms) if isinstance(self, PyroModule) else self.transforms
 
     def condition(self, context: Tensor) -> FlowDistribution:
         """Return the distribution for a context ``(*B, context_dim)``; its batch shape is B.
@@ -110,7 +116,7 @@ class Flow(nn.Module, ConditionalDistribution):
             )
         chain = Chain(
             part.condition(context) if isinstance(part, ConditionalTransform) else cast(Transform, part)
-            for part in self.transforms
+            for part in self._transforms_now()
         )
         d = FlowDistribution(self.base(), [chain])
         if d.batch_shape != torch.broadcast_shapes(context.shape[:-1], d.batch_shape):
@@ -133,3 +139,7 @@ class Flow(nn.Module, ConditionalDistribution):
             clear = getattr(part, "clear_cache", None)
             if clear is not None:
                 clear()
+
+
+# Registered, not inherited: the metaclass of Pyro's abstract class would clash with that of PyroModule[Flow].
+ConditionalDistribution.register(Flow)

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from pyro.nn import PyroModule
+from torch import Tensor, nn
 
 from pyro_invflows.core.bijection import Bijection
 
-__all__ = ["inner_layers", "rebind"]
+__all__ = ["inner_layers", "rebind", "settled"]
 
 
 def inner_layers(layer: Bijection) -> dict[str, Bijection]:
@@ -48,4 +49,28 @@ def rebind(
             new._batch_shape = batch_shapes.get(prefix, layer._batch_shape)
     for name, child in inner_layers(layer).items():
         new._modules[name] = rebind(child, values, batch_shapes, f"{prefix}{name}.")
+    return new
+
+
+def settled(module: nn.Module) -> nn.Module:
+    """Let Pyro see every parameter of a module now, and return it with every ``PyroSample`` replaced by its draw.
+
+    A distribution reads its layers when it is scored. By then the model has ended, and what is a ``PyroModule`` would
+    register no parameter and draw its random ones outside of the trace.
+    """
+    members = [m for m in module.modules() if isinstance(m, PyroModule)]
+    for member in members:
+        for name in (*member._parameters, *member._pyro_params, *member._modules):
+            getattr(member, name)
+    return _drawn(module) if any(member._pyro_samples for member in members) else module
+
+
+def _drawn(module: nn.Module) -> nn.Module:
+    new = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[registry] = dict(module.__dict__[registry])
+    if isinstance(module, PyroModule):
+        new.__dict__["_pyro_samples"] = {}
+        new._buffers.update({name: getattr(module, name) for name in module._pyro_samples})
+    new._modules.update({name: _drawn(child) for name, child in module._modules.items() if child is not None})
     return new

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
 
 from pyro_invflows.core.chain import Chain
-from pyro_invflows.core.events import sum_rightmost
 from pyro_invflows.core.distribution_module import refuse_gradients
+from pyro_invflows.core.events import sum_rightmost
 from pyro_invflows.core.flow import Flow
 from pyro_invflows.core.inverted import Inverted
 from pyro_invflows.core.latents import NoiseInjection, is_exact, leaves
