@@ -287,12 +287,16 @@ def _check_fresh_parameters(transform: Transform, x: Tensor, parameters: list[Te
 
 
 def check_batch(transform: Transform, x: Tensor) -> None:
-    """A row's answer does not depend on the rest of its batch, and scoring changes no state."""
+    """A row's answer does not depend on the rest of its batch; scoring changes no state and not the data."""
     state = {k: v.clone() for k, v in transform.state_dict().items()} if isinstance(transform, nn.Module) else {}
-    y = transform(x).detach()
+    given = x.clone()
+    y = transform(given).detach()
+    _promise(torch.equal(given, x), transform, "batch", "a call writes to the x that it is given")
     atol, rtol = _tolerances(x, None, None)
     tolerances = atol + rtol * _largest(y), rtol
-    together, ladj = inv_and_ladj(transform, y.clone())
+    given = y.clone()
+    together, ladj = inv_and_ladj(transform, given)
+    _promise(torch.equal(given, y), transform, "batch", "scoring writes to the data that it is given")
     for i in range(y.shape[0] if y.dim() > transform.codomain.event_dim else 0):
         alone, ladj_alone = inv_and_ladj(transform, y[i : i + 1].clone())
         _close(transform, "batch", f"row {i} in its batch - alone", together[i : i + 1], alone, tolerances)

@@ -12,6 +12,7 @@ from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.kinds import Elementwise
 from pyro_invflows.core.rebind import inner_layers, rebind
 from pyro_invflows.networks import dense_network
+from pyro_invflows.networks.calling import call_network
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.modes import is_any_autocast
 
@@ -150,7 +151,7 @@ class Conditional(nn.Module):
         batch = context.shape[:-1]
         pieces: Iterator[Tensor] = iter(())
         if self.hypernet is not None:
-            pieces = iter(self.hypernet(context).split(self._sizes(), dim=-1))
+            pieces = iter(call_network(self.hypernet, context, owner="Conditional").split(self._sizes(), dim=-1))
         values: dict[str, Tensor] = {}
         batch_shapes: dict[str, torch.Size] = {}
         for prefix, layer, extra in _layers(self.template, self._extra):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_invflows.networks.calling import out_of_place
 from pyro_invflows.support.derivatives import gradients_with_graph, in_reverse_mode_only
 
 __all__ = ["LipSwish", "Sine", "value_and_slope"]
@@ -103,5 +104,5 @@ def value_and_slope(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if type(activation) is nn.Tanh:
         h = torch.tanh(x)
         return h, 1 - h * h
-    value, slope, *_ = torch.func.jvp(activation, (x,), (torch.ones_like(x),))
+    value, slope, *_ = torch.func.jvp(out_of_place(activation), (x,), (torch.ones_like(x),))
     return value, slope

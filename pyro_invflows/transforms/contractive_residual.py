@@ -27,6 +27,7 @@ from pyro_invflows.networks import (
     linearise,
     lipschitz_bound,
 )
+from pyro_invflows.networks.calling import call_network
 from pyro_invflows.networks.contraction import (
     hold_weights_of,
 )
@@ -141,10 +142,10 @@ class ContractiveResidual(Bijection):
 
     def _call_net(self, x: Tensor, *context: Tensor) -> Tensor:
         if self.dim == -1:
-            value = self.net(x, *context)
+            value = call_network(self.net, x, *context, owner="ContractiveResidual")
         else:
             flat = x.reshape(x.shape[: self.dim].numel(), *x.shape[self.dim :])
-            value = self.net(flat)
+            value = call_network(self.net, flat, owner="ContractiveResidual")
             if value.shape == flat.shape:
                 value = value.reshape(x.shape)
         if value.shape != x.shape:  # one that broadcasts would be no contraction

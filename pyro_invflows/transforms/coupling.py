@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.networks import conv_network, dense_network
+from pyro_invflows.networks.calling import call_network
 from pyro_invflows.support.checks import positive_int, widths
 
 __all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
@@ -38,7 +39,8 @@ class AffineCoupling(Bijection):
         hypernet: Network from x_1 (with the context behind it) to ``2 (D - split_dim)`` elements, the raw log-scale
             first, or to ``D - split_dim`` where ``scale=None``. It receives vectors ``(*B, split_dim)`` or, for
             other ``dim``, one flat batch ``(N, split_dim, *spatial)``. ``None`` with ``split_dim=0`` learns
-            constants instead, and needs ``input_dim``.
+            constants instead, and needs ``input_dim``. It must not write to its input; one that begins with a module
+            with ``inplace=True`` receives a copy.
         dim: Axis that is split; -1 for vectors, -3 for the channels of images.
         keep: ``"first"`` lets the leading elements decide, ``"last"`` the trailing ones: alternate the two, and no
             permutation is needed between couplings.
@@ -52,7 +54,7 @@ class AffineCoupling(Bijection):
         ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, whatever the network does to pixels.
 
     Raises:
-        ValueError: if ``split_dim`` leaves nothing to transform, or the network's output has another size.
+        ValueError: if ``split_dim`` leaves nothing to transform, the network's output has another size, or it writes to its input.
 
     Differs from Pyro's ``AffineCoupling``: the bound on the scale is smooth, images reach the network as images, and
     a one-dimensional event is legal.
@@ -126,7 +128,7 @@ class AffineCoupling(Bijection):
         if self.hypernet is None:
             return self.constants.reshape(self.constants.shape + (1,) * (-self.dim - 1))
         if self.dim == -1 and not self.context_dim:
-            raw = self.hypernet(x1)
+            raw = call_network(self.hypernet, x1, owner="AffineCoupling")
             if raw.shape[-1] == wanted and raw.shape[:-1] == x1.shape[:-1]:
                 return raw
         batch, spatial = x1.shape[: self.dim], x1.shape[x1.dim() + self.dim + 1 :]
@@ -138,9 +140,10 @@ class AffineCoupling(Bijection):
             context = context.reshape(context.shape + (1,) * len(spatial)).expand(*batch, self.context_dim, *spatial)
             x1 = torch.cat([x1.expand(*batch, -1, *spatial), context], dim=self.dim)
         if self.dim == -1:
-            raw = self.hypernet(x1)
+            raw = call_network(self.hypernet, x1, owner="AffineCoupling")
         else:  # a convolution takes one batch dimension, ours are any number
-            raw = self.hypernet(x1.reshape(batch.numel(), *x1.shape[self.dim :]))
+            flat = x1.reshape(batch.numel(), *x1.shape[self.dim :])
+            raw = call_network(self.hypernet, flat, owner="AffineCoupling")
             raw = raw.reshape(*batch, *raw.shape[1:])
         if raw.shape != (*batch, wanted, *spatial):  # one that broadcasts would make the log-det wrong
             raise ValueError(

@@ -15,6 +15,7 @@ from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.networks import masked_network
+from pyro_invflows.networks.calling import call_network
 from pyro_invflows.solvers import (
     Settings,
     finish,
@@ -132,7 +133,7 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
                 context = v.new_zeros(self.context_dim)
             batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
             v = torch.cat([v.expand(*batch, -1), context.expand(*batch, -1)], dim=-1)
-        log_a, log_d, t, u = self.hypernet(v).chunk(4, dim=-1)
+        log_a, log_d, t, u = call_network(self.hypernet, v, owner="GeneralizedSylvester").chunk(4, dim=-1)
         log_a = _LARGEST_LOG_A * torch.tanh(log_a / _LARGEST_LOG_A)
         return log_a, (_LARGEST_LOG_D * torch.tanh(log_d / _LARGEST_LOG_D)).exp(), t, u
 

@@ -23,6 +23,7 @@ from pyro_invflows.networks import (
     LipSwish,
     value_and_slope,
 )
+from pyro_invflows.networks.calling import out_of_place
 from pyro_invflows.networks.contraction import (
     affine,
     check_lipschitz,
@@ -202,14 +203,15 @@ class LowRankResidual(Bijection):
         if self._batch_shape:
             c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
 
+        plain = out_of_place(self.activation)
         equation = FoldedEquation(
-            lambda s: self._hidden_value(network, s, self.activation),
+            lambda s: self._hidden_value(network, s, plain),
             fold,
             lambda s: self._hidden(network, s)[1],
             lambda slopes: linalg.contraction_matrix(*self._factors(network, fold, slopes)),
         )
         frozen = None if in_transform(c) else getattr(self.activation, "frozen", None)
-        activation = self.activation if frozen is None else frozen()
+        activation = plain if frozen is None else frozen()
         with torch.no_grad():
             looped = equation._replace(hidden=lambda s: self._hidden_value(network, s, activation))
             s, h = self._solve(looped, c, y, network.norm)
