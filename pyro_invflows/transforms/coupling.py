@@ -54,7 +54,8 @@ class AffineCoupling(Bijection):
         ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, whatever the network does to pixels.
 
     Raises:
-        ValueError: if ``split_dim`` leaves nothing to transform, the network's output has another size, or it writes to its input.
+        ValueError: if ``split_dim`` leaves nothing to transform, or if the network's output has another size or the
+            network writes to its input.
 
     Differs from Pyro's ``AffineCoupling``: the bound on the scale is smooth, images reach the network as images, and
     a one-dimensional event is legal.
