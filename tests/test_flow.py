@@ -227,3 +227,22 @@ def test_rsample_and_log_prob_through_a_change_of_event_dimension():
     y, log_prob = pf.FlowDistribution(base, transforms).rsample_and_log_prob((4,))
     assert log_prob.shape == (4,)
     torch.testing.assert_close(log_prob, dist.TransformedDistribution(base, transforms).log_prob(y))
+
+
+def test_a_distribution_tells_its_parameters_and_modules():
+    """What an optimiser of a bare distribution asks for, sbi's variational posterior for one."""
+    base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+    inner, shared = pf.Flow(base, [pf.orthogonal(3)]), pf.affine_coupling(3, [8])
+    foreign = dist.transforms.planar(3)
+    wrapped = torch.distributions.ComposeTransform([foreign.inv, torch.distributions.AffineTransform(0.0, 2.0)])
+    d = pf.FlowDistribution(inner(), [shared, wrapped, shared.inv])
+    holder = torch.nn.ModuleList([inner.transforms, shared, foreign])
+    assert {id(p) for p in d.parameters()} == {id(p) for p in holder.parameters()}
+    assert len(list(d.parameters())) == len(list(holder.parameters()))
+    assert all(isinstance(p, torch.nn.Parameter) for p in d.parameters())
+    assert {id(m) for m in d.modules()} == {id(m) for m in holder.modules() if m is not holder}
+    flow = pf.Flow(base, layers(3))
+    assert [id(p) for p in flow().parameters()] == [id(p) for p in flow.transforms.parameters()]
+    assert list(pf.FlowDistribution(base, []).parameters()) == []
+    assert isinstance(d.expand((2,)), pf.FlowDistribution)
+    assert len(list(d.expand((2,)).parameters())) == len(list(d.parameters()))

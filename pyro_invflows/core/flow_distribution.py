@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from pyro.distributions import TransformedDistribution
-from torch import Tensor
-from torch.distributions import Distribution, Independent, Transform
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Transform, kl_divergence, register_kl
+from torch.distributions import TransformedDistribution as Transformed
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.core.foreign import inner_modules
 from pyro_invflows.core.latents import NoiseInjection, leaves, noise_flags
 from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
 from pyro_invflows.support.checks import positive_int
@@ -22,6 +25,10 @@ class FlowDistribution(TransformedDistribution):
     """A ``TransformedDistribution`` that evaluates every layer once to score, and once to sample and score.
 
     It gives the same numbers as ``TransformedDistribution`` wherever the density is exact, and has its constructor.
+
+    ``kl_divergence`` of two of them is that of their bases where both have the same layers (the same objects), injected
+    noise included. It raises ``NotImplementedError`` where a layer drops elements: what was dropped counts in the
+    bases, not in the flows. (torch's rule for a plain ``TransformedDistribution`` does not look for such layers.)
 
     Example:
         >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
@@ -90,6 +97,18 @@ class FlowDistribution(TransformedDistribution):
             event_dim += transform.codomain.event_dim - transform.domain.event_dim
         return value, total
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Iterate over all modules of the transforms, and of the base where it holds any, each once."""
+        holder = nn.ModuleList(_modules(self))
+        return (module for module in holder.modules() if module is not holder)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over all parameters of :meth:`modules`, each once.
+
+        The base's arguments are tensors here; those that a ``Flow`` learns are among ``flow.parameters()``.
+        """
+        return nn.ModuleList(_modules(self)).parameters()
+
     def _base_event_dim(self) -> int:
         """Event dimensions of the whole, counted on the base's side."""
         event_dim = len(self.event_shape)
@@ -115,3 +134,46 @@ def _log_prob(base: Distribution, value: Tensor) -> Tensor:
     if isinstance(base, Independent):
         return sum_rightmost(_log_prob(base.base_dist, value), base.reinterpreted_batch_ndims)
     return base.log_prob(value)
+
+
+def _modules(distribution: Distribution) -> Iterator[nn.Module]:
+    """Yield the modules that a distribution holds directly, or in its transforms or the distributions inside it."""
+    for value in vars(distribution).values():
+        if isinstance(value, Distribution):
+            yield from _modules(value)
+        elif isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, list):
+            for part in value:
+                if isinstance(part, Transform):
+                    yield from inner_modules(part)
+
+
+@register_kl(FlowDistribution, FlowDistribution)
+@register_kl(FlowDistribution, Transformed)
+@register_kl(Transformed, FlowDistribution)
+def _kl(p: Transformed, q: Transformed) -> Tensor:
+    """Return the divergence of the bases, which bijections leave as it is.
+
+    So does injected noise e, the same on both sides: it adds E KL(r(e|x) || r(e|x)) = 0. Dropping elements can only
+    lower the divergence, by an unknown amount.
+    """
+    remedy = "Estimate it: x = p.sample((n,)); (p.log_prob(x) - q.log_prob(x)).mean()."
+    shared, others = ([leaf for transform in d.transforms for leaf in leaves(transform)] for d in (p, q))
+    if shared != others or p.event_shape != q.event_shape:
+        raise NotImplementedError(
+            f"kl_divergence of two flows is known where both consist of the same layers (the same objects). {remedy}"
+        )
+    for leaf, inverse in shared:
+        if isinstance(leaf, NoiseInjection):
+            if inverse:
+                raise NotImplementedError(
+                    "kl_divergence of flows with a Slice is not known: the divergence of their bases counts what the "
+                    f"Slice drops, and is only an upper bound. {remedy}"
+                )
+        elif not leaf.bijective:
+            raise NotImplementedError(
+                f"kl_divergence of flows with a {type(leaf).__name__}, which is not one-to-one, is not known: the "
+                f"divergence of their bases is only an upper bound. {remedy}"
+            )
+    return kl_divergence(p.base_dist, q.base_dist)

@@ -291,6 +291,10 @@ class Slice(Inverted):
       see is a change of the base, or of its neighbours in a plain list (a :class:`~pyro_invflows.Chain` sees to its own
       parts): after a step of the optimiser, sample again before you score, as ``SVI`` does.
 
+    ``kl_divergence`` of two flows that share a ``Slice`` raises ``NotImplementedError``: that of their bases also
+    counts what is dropped. torch's own rule for two plain ``TransformedDistribution`` returns it nevertheless; it is an
+    upper bound.
+
     **Forward**: drops; free. **Inverse**: one sample of the noise. **Log-det**: :math:`\log r(e \mid y)`.
     **Identity**: never, the event shrinks.
 
