@@ -113,14 +113,71 @@ def test_images_take_every_pixel_as_a_row():
 def test_oas_equals_its_formula_and_nearly_scikit_learn():
     sklearn = pytest.importorskip("sklearn.covariance")
     data = correlated(80, 40)
-    s = torch.cov(data.T)
-    t, q, p, n = s.trace(), (s @ s).trace(), 40, 80
-    rho = ((1 - 2 / p) * q + t**2) / ((n + 1 - 2 / p) * (q - t**2 / p))
-    expected = (1 - rho) * s + rho * t / p * torch.eye(p, dtype=F64)
+    scale, correlation = data.std(0), torch.corrcoef(data.T)
+    q, p, n = (correlation @ correlation).trace(), 40, 80
+    rho = ((1 - 2 / p) * q + p**2) / ((n + 1 - 2 / p) * (q - p))
+    expected = torch.cov(data.T) * (1 - rho + rho * torch.eye(p, dtype=F64))
     layer = pf.whitening(40).double().fit(data)
     close(layer.matrix @ layer.matrix.T, expected, 1e-10)
-    theirs = sklearn.OAS().fit(data.numpy())  # leaves the 2 / p terms out
+    theirs = sklearn.OAS().fit((data / scale).numpy())  # leaves the 2 / p terms out
     assert abs(theirs.shrinkage_ - rho.item()) < 0.02 * rho.item()
+
+
+UNITS = torch.tensor([1e3, 1e-3, 1.0, 1e2, 1e-2, 10.0], dtype=F64)
+
+
+@pytest.mark.parametrize("shrinkage", ["oas", 0.3, 0.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_units_of_columns_do_not_matter(method, shrinkage):
+    data = correlated(30, 6)
+    plain = pf.whitening(6, method=method, shrinkage=shrinkage).double().fit(data)
+    layer = pf.whitening(6, method=method, shrinkage=shrinkage).double().fit(data * UNITS)
+    covariance = plain.matrix @ plain.matrix.T
+    close(covariance.diagonal(), data.var(0), 1e-12)  # variances stay those of the data
+    close(layer.matrix @ layer.matrix.T / UNITS.outer(UNITS), covariance, 1e-11)
+    white, expected = layer.inv(data * UNITS), plain.inv(data)
+    if method in ("zca", "pca"):  # whose choice among the roots does see the units
+        close(white.square().sum(-1), expected.square().sum(-1), 1e-10)
+        orthogonal = layer.matrix.T @ layer.matrix if method == "pca" else layer.matrix - layer.matrix.T
+        orthogonal = orthogonal - orthogonal.diagonal().diag()
+        size = layer.matrix.norm(dim=0)
+        assert (orthogonal.abs() <= 1e-9 * (size.outer(size) if method == "pca" else size.max())).all()
+    else:
+        close(white, expected, 1e-11)
+    if not shrinkage:
+        close(torch.cov(white.T), torch.eye(6, dtype=F64), 1e-11)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "power", "tolerance"), [(F64, 3, 1e-9), (torch.float32, 1, 2e-4)])
+def test_units_cost_no_digits(method, trainable, dtype, power, tolerance):
+    """Variances from 1e-18 to 1e18, which no eigendecomposition of a covariance survives; float32 too."""
+    units = UNITS**power
+    data = correlated(200, 6)
+    data = data - data.mean(0)
+    layer = pf.whitening(6, method=method, shrinkage=0.0, trainable=trainable).to(dtype).fit(data * units)
+    white, ladj = pf.inv_and_ladj(layer, (data * units).to(dtype))
+    close(torch.cov(white.detach().T), torch.eye(6, dtype=dtype), tolerance)
+    close(layer(white).detach().double() / units, data, 10 * tolerance)
+    expected = -0.5 * torch.logdet(torch.cov(data.T)) - units.log().sum()
+    close(ladj.detach().double(), expected.expand(200), 1e-4 if dtype == torch.float32 else 1e-9)
+    wide = layer.double()  # which makes A and its inverse agree to the last digit
+    close(wide.inv(wide(white.double().detach()).clone()).detach(), white.double().detach(), 1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_column_keeps_the_scale_one(method):
+    """Whatever the units of the others; and they come out as without it."""
+    data = 1e-3 * correlated(50, 3)
+    layer, without = (pf.whitening(d, method=method).double() for d in (4, 3))
+    with pytest.warns(UserWarning, match=r"rank 3 of 4; 1 constant column\(s\) keep the scale 1\.$"):
+        layer.fit(torch.cat([data, torch.full((50, 1), 0.1, dtype=F64)], -1))
+    without.fit(data)
+    covariance = layer.matrix @ layer.matrix.T
+    close(covariance[:3, :3], without.matrix @ without.matrix.T, 1e-15)
+    close(covariance[3], torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=F64), 1e-12)
+    assert layer.mean[3] == 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -360,6 +417,44 @@ def test_data_that_carry_a_graph_leave_none_behind():
     layer = pf.whitening(3).double().fit(data)
     assert not layer.mean.requires_grad
     assert layer.inv(data).requires_grad
+
+
+# ---------------------------------------------------------------------- devices without float64
+
+
+def to_mps(tensor):
+    """What ``.to("mps")`` does, but for the device: there is none to test on."""
+    if tensor.dtype == F64:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+    return tensor.clone()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_statistics_stay_where_float64_is(trainable, monkeypatch):
+    data = correlated(60, 3).float()
+    expected = pf.whitening(3, trainable=trainable).fit(data)
+    monkeypatch.setattr(sys.modules[pf.Whitening.__module__], "lacks_float64", lambda device: True)
+    layer = pf.whitening(3, trainable=trainable).observe(data[:20])._apply(to_mps)
+    layer.observe(data[20:]).adapt()
+    assert layer.statistics.scatter.dtype == F64
+    torch.testing.assert_close(layer.state_dict(), expected.state_dict())
+    layer.half()._apply(lambda t: t.float() if t.dtype == torch.half else to_mps(t))
+
+
+def test_statistics_stay_on_the_cpu(monkeypatch):
+    """With the meta device in the place of one that has no float64."""
+    monkeypatch.setattr(sys.modules[pf.Whitening.__module__], "lacks_float64", lambda device: device.type == "meta")
+    layer = pf.whitening(3).fit(correlated(60, 3).float())
+    covariance = layer.covariance
+    with torch.device("meta"):
+        fresh = pf.whitening(3)
+    for module in (layer.to("meta"), fresh):
+        assert module.mean.is_meta
+        assert {t.device.type for t in module.statistics.buffers()} == {"cpu"}
+    close(layer.covariance, covariance, 0)
+    state = pf.whitening(3).fit(correlated(60, 3).float()).state_dict()
+    layer.to_empty(device="cpu").load_state_dict(state)
+    torch.testing.assert_close(layer.state_dict(), state)
 
 
 # ---------------------------------------------------------------------- bad input

@@ -1,7 +1,7 @@
 """Linear algebra that several layers share. Tensors in, tensors out; nothing here knows a transform."""
 
 from pyro_invflows.linalg.accretive import contraction_log_det, contraction_matrix
-from pyro_invflows.linalg.covariance import covariance_roots, oas_weight, triangular_root
+from pyro_invflows.linalg.covariance import correlations, covariance_roots, oas_weight, triangular_root
 from pyro_invflows.linalg.cyclic import cyclic_product, narrowest
 from pyro_invflows.linalg.dense import log_abs_det, solve
 from pyro_invflows.linalg.frames import thin_frame
@@ -31,6 +31,7 @@ __all__ = [
     "contraction_log_det",
     "contraction_matrix",
     "convolution_norm_bound",
+    "correlations",
     "covariance_roots",
     "cyclic_product",
     "householder_product",

@@ -1,48 +1,67 @@
-"""Roots of a covariance matrix, and how far to shrink one."""
+"""Roots of a covariance matrix, and how far to shrink one.
+
+A covariance comes as the scales of its columns and their correlations, ``S = V^(1/2) P V^(1/2)``: however different the
+units of the columns, only the condition of P enters the rounding.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["covariance_roots", "oas_weight", "triangular_root"]
+__all__ = ["correlations", "covariance_roots", "oas_weight", "triangular_root"]
 
 
-# ---------------------------------------------------------------------- roots of a covariance
+def correlations(covariance: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales ``(D,)`` and the correlations ``(D, D)`` of a covariance.
+
+    Args:
+        covariance: ``(D, D)``.
+        spread: ``(D,)``, False for the columns that are constant: they get the scale 1 and no correlation.
+    """
+    scale = torch.where(spread, covariance.diagonal(), 1.0).sqrt()
+    matrix = torch.where(spread.outer(spread), covariance, 0.0) / scale / scale.unsqueeze(-1)
+    matrix.diagonal().fill_(1.0)
+    return scale, matrix
 
 
-def oas_weight(count: float, d: int, trace: Tensor, square: Tensor) -> Tensor:
-    """Return the weight of Chen et al. (2010), Eq. 23, from tr(S) and tr(S^2)."""
-    above = (1 - 2 / d) * square + trace**2
-    below = (count + 1 - 2 / d) * (square - trace**2 / d)
-    # 0 / 0 for a multiple of the identity, which no weight changes
+def oas_weight(count: float, d: int, square: Tensor) -> Tensor:
+    """Return the weight of Chen et al. (2010), Eq. 23, for correlations P of d columns with tr P^2 = ``square``."""
+    above = (1 - 2 / d) * square + d**2
+    below = (count + 1 - 2 / d) * (square - d)
+    # 0 / 0 for the identity, which no weight changes
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 1.0).clamp(max=1.0)
 
 
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the square roots of the eigenvalues, largest first, and eigenvectors with a positive diagonal."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values, vectors = values.flip(-1), vectors.flip(-1)
-    signs = torch.where(vectors.diagonal() < 0, -1.0, 1.0)
-    # shrinkage has made them positive; rounding may not take that back
-    floor = values[0] * torch.finfo(values.dtype).tiny
-    return values.clamp_min(floor).sqrt(), vectors * signs
+def covariance_roots(scale: Tensor, correlation: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """Return A with ``A A^T`` the covariance, and its inverse.
 
-
-def covariance_roots(covariance: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """Return A with ``A A^T = covariance``, and its inverse."""
+    Args:
+        scale: Scales of the columns, ``(D,)``, positive.
+        correlation: Their correlations, ``(D, D)``, positive definite.
+        method: As in ``Whitening``.
+    """
     if method == "cholesky":
-        factor = torch.linalg.cholesky(covariance)
+        factor = torch.linalg.cholesky(correlation)
         eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
-    scale = covariance.diagonal().sqrt() if method.endswith("-cor") else None
-    root, vectors = _eigen(covariance if scale is None else covariance / scale.outer(scale))
-    colouring, whitening = vectors * root, (vectors / root).mT
-    if method.startswith("zca"):
-        colouring, whitening = colouring @ vectors.mT, vectors @ whitening
-    if scale is not None:
-        colouring, whitening = scale.unsqueeze(-1) * colouring, whitening / scale
-    return colouring, whitening
+        inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        return scale.unsqueeze(-1) * factor, inverse / scale
+    values, vectors = torch.linalg.eigh(correlation)
+    values, vectors = values.flip(-1), vectors.flip(-1)  # the largest first
+    root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()  # positive, but for rounding
+    rotation = torch.diag(_signs(vectors)) if method == "pca-cor" else vectors.mT
+    colouring, whitening = scale.unsqueeze(-1) * (vectors * root) @ rotation, rotation.mT @ (vectors / root).mT / scale
+    if method.endswith("-cor"):
+        return colouring, whitening
+    # Every other root is this one times an orthogonal matrix: an error in that one leaves A A^T what it is.
+    u, _, vh = torch.linalg.svd(colouring)
+    rotation = vh.mT @ u.mT if method == "zca" else vh.mT * _signs(u)
+    return colouring @ rotation, rotation.mT @ whitening
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    """Return the signs that make the diagonal positive."""
+    return torch.where(vectors.diagonal() < 0, -1.0, 1.0).to(vectors.dtype)
 
 
 def triangular_root(colouring: Tensor) -> Tensor:

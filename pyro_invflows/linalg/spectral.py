@@ -30,6 +30,7 @@ from pyro_invflows.linalg.singular import (
     rounding_factor,
 )
 from pyro_invflows.support.derivatives import without_autocast
+from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import in_forward_mode, in_functorch
 
 __all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "spectral_norm_bounds"]
@@ -121,7 +122,7 @@ def spectral_norm_bounds(matrices: Sequence[Tensor]) -> list[Tensor]:
         if matrix.dim() == 2 and matrix.dtype == torch.float32 and not _is_hidden(matrix):
             groups.setdefault((min(matrix.shape), matrix.device), []).append(i)
     for (size, device), members in groups.items():
-        if size <= _LARGEST_EXACT and device.type != "mps":
+        if size <= _LARGEST_EXACT and not lacks_float64(device):
             together = _decompose_together([matrices[i] for i in members])
             for i, bound in zip(members, together or (), strict=bool(together)):
                 bounds[i] = bound
@@ -353,7 +354,7 @@ def _check(matrix: Tensor, owner: str) -> None:
 
 def _double(value: Tensor) -> Tensor:
     """Bring to double precision, where there is one: rounding would take more than the bound's excess."""
-    if value.device.type == "mps":
+    if lacks_float64(value.device):
         return value.float()
     return value.to(torch.complex128 if value.is_complex() else torch.float64)
 

@@ -23,6 +23,7 @@ from pyro_invflows.networks.activations import LipSwish, value_and_slope
 from pyro_invflows.networks.dense import dense_network
 from pyro_invflows.networks.linearisation import Linearisation
 from pyro_invflows.support.checks import activation_constructor, positive_int, widths
+from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import functorch_level
 
 __all__ = [
@@ -310,7 +311,7 @@ def contract_product(weights: Sequence[Tensor], lipschitz: float) -> tuple[list[
         The matrices, and bounds on the norms that they had.
     """
     norms = linalg.spectral_norm_bounds(weights)
-    product = norms[0].double() if norms[0].device.type != "mps" else norms[0]  # three large norms overflow in single
+    product = norms[0] if lacks_float64(norms[0].device) else norms[0].double()  # three large norms overflow in single
     for norm in norms[1:]:
         product = product * norm
     # rounding, never downwards; that of the other matrices to their own dtype included

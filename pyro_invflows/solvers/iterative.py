@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_invflows import linalg
 from pyro_invflows.solvers.rows import Residual, State, Step, iterate
 from pyro_invflows.solvers.solution import Settings, Solution, in_transform, where_rows
+from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import in_functorch
 
 __all__ = ["Anderson", "FixedPoint", "Newton", "dense_jacobian"]
@@ -122,7 +123,7 @@ class Anderson(Settings):
         ) -> tuple[Tensor, Tensor, State]:
             dx, dr, count = state
             flat = r.reshape(*count.shape, 1, size)
-            gram = (dr @ dr.mT).double() if dr.device.type != "mps" else dr @ dr.mT
+            gram = dr @ dr.mT if lacks_float64(dr.device) else (dr @ dr.mT).double()
             # empty slots are zero rows: the ridge gives them a coefficient of zero
             ridge = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * 1e-14 + torch.finfo(x.dtype).tiny
             gram = gram + torch.diag_embed(ridge.unsqueeze(-1).expand(*count.shape, self.memory))

@@ -1,1 +1,1 @@
-"""Errors, argument checks, constants, hand-written derivatives: what every floor above may use."""
+"""Errors, argument checks, constants, devices, hand-written derivatives: what every floor above may use."""

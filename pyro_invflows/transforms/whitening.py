@@ -2,13 +2,14 @@ r"""Whitening: an affine layer that takes its mean and covariance from data inst
 
 The five methods, and how they differ, are in Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*.
 Statistics are kept in float64 and merged pairwise (Chan, Golub and LeVeque 1983), so that a stream of batches ends
-where one pass over all rows would.
+where one pass over all rows would. On a device without float64 they stay on the CPU.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.linalg import covariance_roots, oas_weight, triangular_root
+from pyro_invflows.linalg import correlations, covariance_roots, oas_weight, triangular_root
+from pyro_invflows.support.devices import lacks_float64
 
 __all__ = ["Whitening", "whitening"]
 
@@ -40,7 +42,8 @@ class Whitening(Bijection):
     **Forward**, **Inverse**: one matrix product, O(D^2); no gradient goes through the factorisation, so isotropic
     covariances are safe. **Log-det**: log det A, once a pixel. **Identity**: the start, exactly.
 
-    ``adapt`` costs O(D^3) (one eigendecomposition), ``observe`` O(D^2) a row.
+    ``adapt`` costs O(D^3) (two decompositions), ``observe`` O(D^2) a row. The statistics are kept in float64; where the
+    layer moves to a device that has none (``"mps"``), they stay on the CPU, and rows are copied there.
 
     Args:
         input_dim: D.
@@ -52,12 +55,12 @@ class Whitening(Bijection):
             * ``"cholesky"``: the lower triangular factor of :math:`\Sigma` (the paper factors the precision instead);
             * ``"zca-cor"``: :math:`V^{1/2} P^{1/2}`; whitened data stay closest to the standardised data;
             * ``"pca-cor"``: :math:`V^{1/2} G \Theta^{1/2}`.
-        shrinkage: Weight :math:`\rho` of the sphere in :math:`\Sigma = (1 - \rho) S + \rho\,(\mathrm{tr} S / D) I`,
-            with the sample covariance S (divided by N - 1): a number in [0, 1], or ``"oas"``, the oracle approximating
-            choice, which needs nothing but S and N and vanishes as 1/N. It keeps data of deficient rank invertible,
-            and :meth:`adapt` warns when it had to; rows without any spread leave A = I. The sphere knows no units:
-            where the scales of the columns differ by orders of magnitude it drowns the small ones, so divide them by
-            their scales first, or take 0.
+        shrinkage: Weight :math:`\rho` by which the correlations shrink, in :math:`\Sigma = (1 - \rho) S + \rho\,
+            \mathrm{diag}(S)`, with the sample covariance S (divided by N - 1): a number in [0, 1], or ``"oas"``, the
+            oracle approximating choice for the correlation matrix, which needs nothing but S and N and vanishes as
+            1/N. The variances are those of the data, and another unit of a column changes nothing but its own scale.
+            Shrinkage keeps data of deficient rank invertible, and :meth:`adapt` warns when it had to. A column that is
+            constant says nothing about its scale: it keeps the scale 1; rows without any spread leave A = I.
         trainable: Make :math:`\mu` and the triangular factor parameters. :meth:`fit` and :meth:`adapt` set their start.
         dim: Axis of the D elements; with ``dim=-3`` every pixel counts as a row.
 
@@ -67,11 +70,12 @@ class Whitening(Bijection):
     Raises:
         ValueError: for an unknown method or shrinkage; in ``fit`` and ``observe`` for no rows at all, and rows that are
             not finite or whose squares are not (the statistics then stay as they were); in ``adapt`` before any row was
-            observed, or, with ``shrinkage=0``, for a covariance of deficient rank.
+            observed, or, with ``shrinkage=0``, for a covariance of deficient rank (a constant column is one).
 
     References:
-        Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*, Table 1; Chen, Wiesel, Eldar and Hero
-        (2010), *Shrinkage algorithms for MMSE covariance estimation*, Eq. 23, for OAS.
+        Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*, Table 1; Schaefer and Strimmer (2005),
+        *A shrinkage approach to large-scale covariance matrix estimation*, Table 2, target D, for variances that stay;
+        Chen, Wiesel, Eldar and Hero (2010), *Shrinkage algorithms for MMSE covariance estimation*, Eq. 23, for OAS.
 
     Example:
         >>> data = torch.randn(1000, 3) @ torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.5, 0.3]]) + 5.0
@@ -126,8 +130,8 @@ class Whitening(Bijection):
     def reset_parameters(self) -> None:
         """Set the map to the identity and forget all statistics."""
         self.reset_statistics()
-        eye = torch.eye(self.input_dim, dtype=torch.float64)
-        self._set_map(torch.zeros(self.input_dim, dtype=torch.float64), eye, eye)
+        eye = torch.eye(self.input_dim, dtype=torch.float64, device=self.statistics.mean.device)
+        self._set_map(torch.zeros_like(self.statistics.mean), eye, eye)
 
     # ------------------------------------------------------------------ from data
 
@@ -151,7 +155,7 @@ class Whitening(Bijection):
         return self
 
     def _adapt(self) -> None:
-        self._set_map(self.statistics.mean, *covariance_roots(self._shrunk(), self.method))
+        self._set_map(self.statistics.mean, *self._roots())
 
     def reset_statistics(self) -> None:
         """Forget all rows observed so far, as before a new window of a distribution that drifts."""
@@ -159,7 +163,7 @@ class Whitening(Bijection):
 
     @property
     def covariance(self) -> Tensor:
-        """The sample covariance (N - 1) of the rows observed so far, ``(D, D)`` in float64."""
+        """The sample covariance (N - 1) of the rows observed so far, ``(D, D)``, like all statistics in float64."""
         return self.statistics.covariance()
 
     @property
@@ -173,7 +177,7 @@ class Whitening(Bijection):
             kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
             raise TypeError(f"Whitening needs a floating point tensor of data, but got {kind}.")
         self._event_shape(data.shape, -self.dim, inverse=True)
-        rows = data.detach().movedim(self.dim, -1).reshape(-1, self.input_dim).double()
+        rows = _double(data.detach().movedim(self.dim, -1).reshape(-1, self.input_dim))
         # a sum is not finite where a row is not, and far cheaper than looking at each element
         if rows.numel() and not rows.sum().isfinite():
             bad = int((~rows.isfinite()).any(-1).sum())
@@ -184,56 +188,62 @@ class Whitening(Bijection):
                 )
         return rows
 
-    def _shrunk(self) -> Tensor:
-        """Return the covariance to be factored, of full rank."""
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        """Return A and its inverse for the rows observed."""
         count, d = self.statistics.count.item(), self.input_dim
         if count < 1:
             raise ValueError("Whitening has observed no rows yet: call observe(batch) before adapt(), or fit(data).")
-        raw = self.statistics.covariance()
-        eigenvalues = torch.linalg.eigvalsh(raw)
-        limit = d * torch.finfo(raw.dtype).eps * eigenvalues[-1].clamp_min(0)
-        rank = int((eigenvalues > limit).sum())
-        trace = raw.trace()
-        if not rank and self.shrinkage != 0:  # nothing is known about the scale
+        raw, spread = self.statistics.covariance(), self.statistics.spread()
+        constant = d - int(spread.sum())
+        if constant == d and self.shrinkage != 0:  # nothing is known about the scale
             warnings.warn(
                 f"Whitening: the {count:.0f} rows observed have no spread, so only their mean is used and A = I.",
                 stacklevel=4,  # fit or adapt was called there
             )
-            return torch.eye(d, dtype=raw.dtype, device=raw.device)
+            return (eye := torch.eye(d, dtype=raw.dtype, device=raw.device)), eye
+        scale, matrix = correlations(raw, spread)
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        limit = d * torch.finfo(raw.dtype).eps * eigenvalues[-1]
+        missing = int((eigenvalues <= limit).sum())
         if self.shrinkage == "oas":
-            weight = oas_weight(count, d, trace, raw.square().sum())
-            if rank < d:  # however many rows: enough to tell the missing directions from rounding
-                weight = torch.maximum(weight, 10 * limit * d / trace)
+            # constant columns are no evidence that others are uncorrelated
+            weight = oas_weight(count, d - constant, matrix.square().sum() - constant)
+            if missing:  # however many rows: enough to tell the missing directions from rounding
+                weight = torch.maximum(weight, 10 * limit)
         else:
             weight = raw.new_tensor(float(self.shrinkage))
-        if not (1 - weight) * eigenvalues[0] + weight * trace / d > limit:
+        rank = d - constant - missing
+        if (constant and not weight) or not (1 - weight) * eigenvalues[0] + weight > limit:
             raise ValueError(
                 f"Whitening with shrinkage={self.shrinkage:g} needs a covariance of full rank, but that of the "
                 f"{count:.0f} rows observed has rank {rank} of {d}. Observe more rows, leave out constant columns, or "
                 "use more shrinkage."
             )
         if rank < d:
+            fills = [f"{constant} constant column(s) keep the scale 1"] if constant else []
+            if missing:
+                fills.append(f"a shrinkage of the correlations by {weight.item():.2g} fills the missing directions")
             warnings.warn(
-                f"Whitening: the covariance of the {count:.0f} rows observed has rank {rank} of {d}; a shrinkage of "
-                f"{weight.item():.2g} of the mean variance fills the missing directions.",
+                f"Whitening: the covariance of the {count:.0f} rows observed has rank {rank} of {d}; "
+                f"{', and '.join(fills)}.",
                 stacklevel=4,  # fit or adapt was called there
             )
-        shrunk = (1 - weight) * raw
-        shrunk.diagonal().add_(weight * trace / d)
-        return shrunk
+        matrix = (1 - weight) * matrix
+        matrix.diagonal().fill_(1.0)
+        return covariance_roots(scale, matrix, self.method)
 
     @torch.no_grad()
     def _set_map(self, mean: Tensor, colouring: Tensor, whitening: Tensor) -> None:
-        self.mean.copy_(mean)
+        _copy(self.mean, mean)
         if self.trainable:
             # every root of the covariance is its triangular one, rotated: A = L Q
             factor = triangular_root(colouring)
-            self.triangle.copy_(factor.tril(-1) + factor.diagonal().log().diag())
-            self.rotation.copy_(torch.linalg.solve_triangular(factor, colouring, upper=False))
+            _copy(self.triangle, factor.tril(-1) + factor.diagonal().log().diag())
+            _copy(self.rotation, torch.linalg.solve_triangular(factor, colouring, upper=False))
         else:
-            self.colouring.copy_(colouring)
-            self.whitening.copy_(whitening)
-            self.log_scale.copy_(torch.linalg.slogdet(colouring)[1])
+            _copy(self.colouring, colouring)
+            _copy(self.whitening, whitening)
+            _copy(self.log_scale, torch.linalg.slogdet(colouring)[1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Whitening:
         before = torch.finfo(self.mean.dtype).eps
@@ -252,11 +262,13 @@ class Whitening(Bijection):
     def _sharpen(self) -> None:
         """Make A and its inverse agree to the last digit again, where their new dtype has more digits."""
         if self.trainable:
-            q, r = torch.linalg.qr(self.rotation)
-            self.rotation.copy_(q * r.diagonal().sign())
+            q, r = torch.linalg.qr(_double(self.rotation))
+            _copy(self.rotation, q * r.diagonal().sign())
         else:
-            self.whitening.copy_(torch.linalg.inv(self.colouring))
-            self.log_scale.copy_(torch.linalg.slogdet(self.colouring)[1])
+            colouring = _double(self.colouring)
+            scale = torch.linalg.vector_norm(colouring, dim=-1, keepdim=True)  # rows may have units of their own
+            _copy(self.whitening, torch.linalg.inv(colouring / scale) / scale.mT)
+            _copy(self.log_scale, torch.linalg.slogdet(colouring)[1])
 
     # ------------------------------------------------------------------ hooks
 
@@ -299,8 +311,25 @@ class Whitening(Bijection):
 # ---------------------------------------------------------------------- statistics
 
 
+def _double(value: Tensor) -> Tensor:
+    """Bring to float64: on the CPU, where the device has none."""
+    return (value.cpu() if lacks_float64(value.device) else value).double()
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="cpu") if value.is_meta else value.cpu()
+
+
+def _copy(target: Tensor, value: Tensor) -> None:
+    """Copy, possibly to another device; rounded before that, which may lack the wider dtype."""
+    target.copy_(value.to(target.dtype))
+
+
 class _Moments(nn.Module):
-    """Count, mean and scatter (sum of centred outer products) of rows; in float64, whatever the layer's dtype."""
+    """Count, mean and scatter (sum of centred outer products) of rows; in float64, whatever the layer's dtype.
+
+    Where the layer's device has no float64, they stay on the CPU.
+    """
 
     count: Tensor
     mean: Tensor
@@ -308,11 +337,15 @@ class _Moments(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("scatter", torch.zeros(size, size, dtype=torch.float64))
+        device = torch.get_default_device()
+        zeros = partial(torch.zeros, dtype=torch.float64, device="cpu" if lacks_float64(device) else device)
+        self.register_buffer("count", zeros(()))
+        self.register_buffer("mean", zeros(size))
+        self.register_buffer("scatter", zeros(size, size))
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Moments:
+        if lacks_float64(fn(torch.empty(0, device=self.count.device)).device):
+            fn = _on_cpu
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -390,6 +423,11 @@ class _Moments(nn.Module):
         """Forget everything."""
         for buffer in (self.count, self.mean, self.scatter):
             buffer.zero_()
+
+    def spread(self) -> Tensor:
+        """Return, for each column, whether its values differ by more than the rounding of their mean."""
+        rounding = 16 * torch.finfo(self.mean.dtype).eps * self.mean
+        return self.covariance().diagonal() > rounding.square()
 
     def covariance(self) -> Tensor:
         """Return the sample covariance; zero where there are fewer than two rows."""

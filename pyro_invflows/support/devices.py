@@ -1,0 +1,12 @@
+"""What devices lack."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["lacks_float64"]
+
+
+def lacks_float64(device: torch.device) -> bool:
+    """Whether a device has no double precision."""
+    return device.type == "mps"
