@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.support.modes import in_functorch
+from pyro_invflows.support.precision import HALF
 
 __all__ = ["log_abs_det", "solve"]
 
 #: Largest batched matrix that is left to LU on the CPU; 144 was seen right, 160 wrong.
 _LARGEST_BATCHED_LU = 128
-#: LAPACK has no half precision.
-_HALF = torch.float16, torch.bfloat16
 
 
 def _lu_is_right(matrix: Tensor) -> bool:
@@ -51,7 +50,7 @@ def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
         torch.linalg.LinAlgError: if LU meets an exactly singular matrix.
     """
     _check_square(matrix, "solve")
-    if matrix.dtype in _HALF:
+    if matrix.dtype in HALF:  # LAPACK has none
         return solve(matrix.float(), rhs.float()).to(rhs.dtype)
     if _lu_is_right(matrix):
         if in_functorch():
@@ -74,7 +73,7 @@ def log_abs_det(matrix: Tensor) -> Tensor:
         ValueError: if the matrices are not square.
     """
     _check_square(matrix, "log_abs_det")
-    if matrix.dtype in _HALF:
+    if matrix.dtype in HALF:
         return log_abs_det(matrix.float()).to(matrix.dtype)
     if _lu_is_right(matrix):
         return _LogDet.apply(matrix) if in_functorch() else torch.linalg.slogdet(matrix)[1]

@@ -29,9 +29,9 @@ from pyro_invflows.linalg.singular import (
     power_iteration,
     rounding_factor,
 )
-from pyro_invflows.support.derivatives import without_autocast
 from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import in_forward_mode, in_functorch
+from pyro_invflows.support.precision import without_autocast
 
 __all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "spectral_norm_bounds"]
 

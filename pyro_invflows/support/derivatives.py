@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +13,9 @@ from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_any_au
 
 __all__ = [
     "first_order_only",
-    "full_precision",
     "gradients_with_graph",
     "in_reverse_mode_only",
-    "is_autocast",
     "outside_inference_mode",
-    "without_autocast",
 ]
 
 
@@ -67,38 +63,6 @@ def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args)
         with torch.inference_mode(False), torch.no_grad():
             return method(self, *(a.clone() if isinstance(a, Tensor) else a for a in args))
-
-    return run
-
-
-_HALF = torch.float16, torch.bfloat16
-
-
-def is_autocast(value: Tensor) -> bool:
-    """Whether autocast is on for the device of a tensor."""
-    if not is_any_autocast() or value.is_meta:
-        return False
-    return torch.is_autocast_enabled(value.device.type)
-
-
-def without_autocast(value: Tensor) -> Any:
-    """Switch autocast off, under which products are rounded to half precision."""
-    return torch.autocast(value.device.type, enabled=False) if is_autocast(value) else nullcontext()
-
-
-def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a module's method outside autocast, in the precision of its parameters.
-
-    For what solves equations to a tolerance, which autocast would keep out of reach, and for determinants.
-    """
-
-    @functools.wraps(method)
-    def run(self: Any, value: Tensor, *args: Any) -> Any:
-        if not is_autocast(value) or any(p.dtype in _HALF for p in self.parameters()):
-            return method(self, value, *args)
-        with without_autocast(value):
-            given = (v.float() if isinstance(v, Tensor) and v.dtype in _HALF else v for v in (value, *args))
-            return method(self, *given)
 
     return run
 

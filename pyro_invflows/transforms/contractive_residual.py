@@ -34,7 +34,8 @@ from pyro_invflows.networks.contraction import (
 from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import finish_by_fixed_point
 from pyro_invflows.support.checks import derivative_order, positive_int
-from pyro_invflows.support.derivatives import full_precision, outside_inference_mode
+from pyro_invflows.support.derivatives import outside_inference_mode
+from pyro_invflows.support.precision import at_least_single, full_precision
 
 __all__ = ["ContractiveResidual", "conditional_contractive_residual", "contractive_residual"]
 
@@ -177,6 +178,7 @@ class ContractiveResidual(Bijection):
 
     # ------------------------------------------------------------------ hooks
 
+    @at_least_single
     @outside_inference_mode
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Linearisation | None, Any]]:
         x = self._expand(x)

@@ -28,7 +28,7 @@ from pyro_invflows.solvers import (
 from pyro_invflows.solvers.solution import in_transform
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.constants import HoldsConstants
-from pyro_invflows.support.derivatives import full_precision
+from pyro_invflows.support.precision import at_least_single, full_precision
 
 __all__ = ["GeneralizedSylvester", "conditional_generalized_sylvester", "generalized_sylvester"]
 
@@ -155,6 +155,7 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
     def _rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
         return linalg.householder_product(self.vectors, x, mask=self.triangle, transpose=transpose)
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         v = self._rotate(x, transpose=True)
         log_a, d, t, u = self._coefficients(v, self.context)
@@ -220,6 +221,7 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
             v = self._pull(tanh_root(self._target(z, log_a, t, u), d, owner="GeneralizedSylvester"), log_a, t)
         return v
 
+    @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Tensor, Tensor]) -> Tensor:
         return tanh_slope(*aux).log().sum(-1)
 

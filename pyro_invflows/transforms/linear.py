@@ -18,6 +18,7 @@ from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.core.kinds import VolumePreserving
 from pyro_invflows.support.checks import floating_tensor, positive_int
 from pyro_invflows.support.constants import HoldsConstants
+from pyro_invflows.support.precision import at_least_single
 from pyro_invflows.transforms.diagonal import _along, _sum_log_scale
 
 __all__ = ["Orthogonal", "SVDLinear", "conditional_orthogonal", "conditional_svd_linear", "orthogonal", "svd_linear"]
@@ -135,14 +136,17 @@ class Orthogonal(_Reflecting, VolumePreserving):
         return layer
 
     @property
+    @at_least_single
     def matrix(self) -> Tensor:
         """The orthogonal matrix Q, ``(*B, D, D)``."""
         return self._matrix(lambda eye: linalg.householder_product(self.vectors.unsqueeze(-3), eye))
 
+    @at_least_single
     def _function(self, x: Tensor) -> Tensor:
         y = self._reflect(self.vectors, x)
         return y if self.bias is None else y + _along(self.bias, self.dim)
 
+    @at_least_single
     def _inverse_function(self, y: Tensor) -> Tensor:
         centred = y if self.bias is None else y - _along(self.bias, self.dim)
         return self._reflect(self.vectors, centred, transpose=True)
@@ -235,6 +239,7 @@ class SVDLinear(_Reflecting):
         return layer
 
     @property
+    @at_least_single
     def matrix(self) -> Tensor:
         """The matrix ``U diag(s) V^T``, ``(*B, D, D)``."""
 
@@ -245,11 +250,13 @@ class SVDLinear(_Reflecting):
 
         return self._matrix(columns)
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self._reflect(self.right_vectors, x, transpose=True) * _along(self.log_scale.exp(), self.dim)
         y = self._reflect(self.left_vectors, z)
         return (y if self.bias is None else y + _along(self.bias, self.dim)), self.log_scale
 
+    @at_least_single
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         centred = y if self.bias is None else y - _along(self.bias, self.dim)
         z = self._reflect(self.left_vectors, centred, transpose=True) * _along((-self.log_scale).exp(), self.dim)
@@ -258,6 +265,7 @@ class SVDLinear(_Reflecting):
     def _aux(self, x: Tensor, y: Tensor) -> Tensor:
         return self.log_scale
 
+    @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
         return _sum_log_scale(self, aux, x)
 

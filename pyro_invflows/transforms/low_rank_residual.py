@@ -34,8 +34,8 @@ from pyro_invflows.solvers import Newton, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.support.checks import derivative_order, positive_int
-from pyro_invflows.support.derivatives import full_precision
 from pyro_invflows.support.modes import in_forward_mode
+from pyro_invflows.support.precision import at_least_single, full_precision
 from pyro_invflows.transforms.diagonal import Diagonal
 
 __all__ = ["LowRankResidual", "conditional_low_rank_residual", "iresnet", "low_rank_residual"]
@@ -188,6 +188,7 @@ class LowRankResidual(Bijection):
 
     # ------------------------------------------------------------------ hooks
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[_Network, tuple[Tensor, ...]]]:
         network = self._network()
         h, slopes = self._hidden(network, affine(x, network.weights[0], network.biases[0]))

@@ -11,6 +11,7 @@ from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.precision import at_least_single
 
 __all__ = ["LowRankLinear", "conditional_low_rank_linear", "low_rank_linear"]
 
@@ -77,6 +78,7 @@ class LowRankLinear(Bijection):
             nn.init.zeros_(self.bias)
 
     @property
+    @at_least_single
     def matrix(self) -> Tensor:
         """The matrix ``(I + U U^T)(I + W W^T)^{-1}``, ``(*B, D, D)``."""
         eye = torch.eye(self.input_dim, dtype=self.left.dtype, device=self.left.device)
@@ -94,11 +96,13 @@ class LowRankLinear(Bijection):
             return torch.addmm(x, change, both.mT)
         return x + linalg.rows_times(change, both.mT)
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         inverse, log_det = linalg.symmetric_low_rank_inverse(self.right)
         y = self._apply_factors(x, inverse, self.left)
         return (y if self.bias is None else y + self.bias), (None, log_det)
 
+    @at_least_single
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         inverse, log_det = linalg.symmetric_low_rank_inverse(self.left)
         centred = y if self.bias is None else y - self.bias
@@ -107,6 +111,7 @@ class LowRankLinear(Bijection):
     def _aux(self, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
 
+    @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Tensor | None, Tensor | None]) -> Tensor:
         left, right = aux  # each direction has factorised one of them on its way
         if left is None:

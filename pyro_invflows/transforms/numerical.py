@@ -15,7 +15,8 @@ from pyro_invflows.core.foreign import alone, hidden_tensors, inner_modules
 from pyro_invflows.core.one_pass import call_and_ladj
 from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
-from pyro_invflows.support.derivatives import full_precision, outside_inference_mode
+from pyro_invflows.support.derivatives import outside_inference_mode
+from pyro_invflows.support.precision import outside_autocast
 
 __all__ = ["NumericalInverse", "numerical_inverse"]
 
@@ -154,7 +155,7 @@ class NumericalInverse(Bijection):
         event_dim = self.domain.event_dim
         self._event_shape(value.shape, event_dim, inverse)
 
-    @full_precision
+    @outside_autocast
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that one imports the compiler.

@@ -17,7 +17,7 @@ from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.solvers import Newton, tanh_root, tanh_slope
-from pyro_invflows.support.derivatives import full_precision
+from pyro_invflows.support.precision import at_least_single, full_precision
 
 __all__ = ["Planar", "Radial", "conditional_planar", "conditional_radial", "planar", "radial"]
 
@@ -102,6 +102,7 @@ class Planar(Bijection):
             return F.linear(x, self.w.unsqueeze(0), self.bias)
         return (x * self.w).sum(-1, keepdim=True) + self.bias
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         u, d = self._direction()
         h = torch.tanh(self._project(x))
@@ -113,6 +114,7 @@ class Planar(Bijection):
         h = torch.tanh(tanh_root(self._project(y), d, self.solver, owner="Planar"))
         return torch.addcmul(y, h, u, value=-1), (h, d)
 
+    @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Tensor, Tensor]) -> Tensor:
         return tanh_slope(*aux).log().squeeze(-1)
 

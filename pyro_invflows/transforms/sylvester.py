@@ -21,7 +21,7 @@ from pyro_invflows.solvers import (
 )
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.constants import HoldsConstants
-from pyro_invflows.support.derivatives import full_precision
+from pyro_invflows.support.precision import at_least_single, full_precision
 from pyro_invflows.transforms.planar import check_newton
 
 __all__ = ["Sylvester", "conditional_sylvester", "sylvester"]
@@ -152,6 +152,7 @@ class Sylvester(HoldsConstants, Bijection):
         second = upper2 + torch.diag_embed(linalg.positive(self.raw_scale))
         return frame @ first, frame @ second.mT, first, second, d
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         out, into, _, _, d = self._matrices()
         h = torch.tanh(linalg.rows_times(x, into) + self.bias)
@@ -165,6 +166,7 @@ class Sylvester(HoldsConstants, Bijection):
         h = torch.tanh(s)
         return y - linalg.rows_times(h, out.mT), (h, d)
 
+    @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Tensor, Tensor]) -> Tensor:
         return tanh_slope(*aux).log().sum(-1)
 

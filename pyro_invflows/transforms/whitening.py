@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.linalg import correlations, covariance_roots, oas_weight, triangular_root
 from pyro_invflows.support.devices import lacks_float64
+from pyro_invflows.support.precision import at_least_single
 
 __all__ = ["Whitening", "whitening"]
 
@@ -275,11 +276,13 @@ class Whitening(Bijection):
     def _triangle(self) -> Tensor:
         return self.triangle.tril(-1) + self.triangle.diagonal().exp().diag()
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
         rows = x if self.dim == -1 else x.movedim(self.dim, -1)
         y = linear(rows, self.matrix, self.mean)
         return (y if self.dim == -1 else y.movedim(-1, self.dim)), None
 
+    @at_least_single
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
         # centred first: W y - W mu would lose the small difference of large numbers
         rows = (y if self.dim == -1 else y.movedim(self.dim, -1)) - self.mean
