@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
+import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES, SMALL
+from pyro.infer.autoguide import AutoNormalizingFlow
 
 import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj
+from pyro_invflows.solvers import Newton, Settings, implicit_gradient
 
 VALUE = [
     (lambda: pf.Permute([0, 0, 1]), "each of 0, ..., 2 exactly once"),
     (lambda: pf.Permute([1, 2, 3]), "exactly once"),
     (lambda: pf.Permute([]), "non-empty"),
     (lambda: pf.Permute([0.0, 1.0]), "sequence of ints"),
+    (lambda: pf.Permute("abcd"), "sequence of ints, but got 'abcd'"),
+    (lambda: pf.Permute(None), "sequence of ints, but got None"),
+    (lambda: pf.permute(4, permutation="abcd"), "sequence of ints, but got 'abcd'"),
+    (lambda: pf.permute(4, permutation=4), "sequence of ints, but got 4"),
     (lambda: pf.permute(4, permutation=[0, 1]), "4 elements"),
     (lambda: pf.PixelShuffle(0), "at least 1"),
     (lambda: pf.pixel_shuffle(6), "r^2"),
@@ -32,6 +41,8 @@ VALUE = [
     (lambda: pf.affine_coupling(4, max_log_scale=0.0), "max_log_scale"),
     (lambda: pf.affine_coupling(0), "input_dim must be at least 1"),
     (lambda: pf.shift(3, dim=0), "between -4 and -1"),
+    (lambda: pf.affine_coupling(3, dim=1), "affine_coupling: dim must be between -4 and -1, but got 1. It counts from"),
+    (lambda: pf.conditional_affine_coupling(3, 2, dim=1), "dim must be between -4 and -1, but got 1"),
     (lambda: pf.orthogonal(3, num_reflections=-1), "at least 0"),
     (lambda: pf.Orthogonal.from_matrix(torch.ones(3, 3)), "must be orthogonal"),
     (lambda: pf.Orthogonal.from_matrix(torch.full((3, 3), float("nan"))), "must be orthogonal"),
@@ -75,17 +86,142 @@ def test_value_errors(index):
         (lambda: pf.generalized_sylvester(4, 8), "sequence of ints"),
         (lambda: pf.contractive_residual(4, 8), "sequence of ints"),
         (lambda: pf.affine_coupling(4, [8.0]), "each of hidden_dims must be an int"),
-        (lambda: pf.Chain(3), "needs a list of transforms, but got 3"),
+        (lambda: pf.Chain(3), "expected a list of transforms, got 3"),
         (lambda: pf.Diagonal.from_matrix([[1.0]]), "matrix must be a floating point tensor, but got list"),
         (lambda: pf.SVDLinear.from_matrix(torch.eye(2, dtype=torch.long)), "but got torch.int64"),
         (lambda: pf.Orthogonal.from_matrix([[1.0]]), "floating point tensor"),
-        (lambda: call_and_ladj(torch.nn.Linear(2, 2), torch.zeros(2)), "needs a torch Transform, but got Linear"),
-        (lambda: inv_and_ladj(torch.nn.Linear(2, 2), torch.zeros(2)), "needs a torch Transform, but got Linear"),
+        (lambda: call_and_ladj(torch.nn.Linear(2, 2), torch.zeros(2)), "expected a transform, got Linear"),
+        (lambda: inv_and_ladj(torch.nn.Linear(2, 2), torch.zeros(2)), "expected a transform, got Linear"),
     ],
 )
 def test_type_errors(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+def normal(*shape):
+    return dist.Normal(torch.zeros(shape), 1.0)
+
+
+def vectors(*shape):
+    return normal(*shape).to_event(1)
+
+
+def coupling():
+    return pf.affine_coupling(4, [8])
+
+
+CALLED = r"expected a transform, got a function; did you mean affine_coupling\(\.\.\.\)\?"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pf.Flow(coupling(), vectors(4)), r"the base distribution comes first.*Flow\(base, layers\)"),
+        (lambda: pf.Flow([coupling()], vectors(4)), r"the base distribution comes first.*Flow\(base, layers\)"),
+        (lambda: pf.Flow(torch.zeros(4), [coupling()]), "expected a distribution as the base, got Tensor"),
+        (lambda: pf.Flow(vectors(4), pf.affine_coupling), f"Flow: {CALLED}"),
+        (lambda: pf.Flow(vectors(4), [coupling(), pf.affine_coupling]), f"Flow: {CALLED}"),
+        (lambda: pf.Flow(vectors(4), [pf.conditional_shift(4, 2), pf.affine_coupling]), f"Flow: {CALLED}"),
+        (lambda: pf.Flow(vectors(4), [pf.Flow(vectors(4), [])]), "expected a transform, got Flow.$"),
+        (lambda: pf.Flow(vectors(4), [[coupling()]]), "expected a transform, got list"),
+        (lambda: pf.Flow(vectors(4), None), "expected a transform, got NoneType"),
+        (lambda: pf.Chain([pf.affine_coupling]), f"Chain: {CALLED}"),
+        (lambda: pf.Chain([partial(pf.affine_coupling, keep="last")]), f"Chain: {CALLED}"),
+        (lambda: pf.Chain(pf.affine_coupling), r"a list of transforms, got a function; did you mean affine_coupling"),
+        (lambda: pf.Chain([pf.Diagonal]), r"got the class Diagonal; did you mean Diagonal\(\.\.\.\)\?"),
+        (lambda: pf.Chain([lambda x: x]), "expected a transform, got a function.$"),
+        (lambda: pf.Chain([pf.conditional_shift(4, 2)]), r"got Conditional\. Condition it first, with \.condition"),
+        (lambda: pf.Inverted(pf.affine_coupling), f"Inverted: {CALLED}"),
+        (lambda: pf.Inverted(pf.Conditional), "got the class Conditional; did you mean"),
+        (
+            lambda: pf.Conditional(pf.orthogonal, 3),
+            r"as the template, got a function; did you mean orthogonal\(\.\.\.\)",
+        ),
+        (lambda: pf.Conditional(dist.transforms.planar(3), 3), "got Planar. A foreign transform has no parameters"),
+        (lambda: pf.NumericalInverse(dist.transforms.planar), "NumericalInverse: .* did you mean planar"),
+        (lambda: call_and_ladj(pf.affine_coupling, torch.zeros(4)), f"call_and_ladj: {CALLED}"),
+        (lambda: inv_and_ladj(pf.Sigmoid, torch.zeros(4)), "inv_and_ladj: .*the class Sigmoid; did you mean Sigmoid"),
+        (lambda: pf.stack(4, coupling()), r"builds a new layer at each call.*stack\(4, affine_coupling, .*got AffineC"),
+        (lambda: pf.stack(4, pf.conditional_shift(4, 2)), "builds a new layer at each call.*got Conditional"),
+        (lambda: pf.stack(4, [coupling()]), "builds a new layer at each call.*got list"),
+        (lambda: vectors_flow().sample(3), r"sample: sample_shape must be a tuple, such as \(3,\), but got 3"),
+        (lambda: vectors_flow().rsample(3), r"rsample: sample_shape must be a tuple, such as \(3,\)"),
+        (lambda: vectors_flow().rsample_and_log_prob(3), r"rsample_and_log_prob: sample_shape must be a tuple"),
+        (lambda: vectors_flow().sample(np.int64(3)), r"sample_shape must be a tuple, such as \(3,\)"),
+        (lambda: foreign_inverse(Settings()), r"needs a solver such as solvers\.Newton\(\), but got Settings"),
+        (lambda: foreign_inverse(Newton), r"needs a solver such as solvers\.Newton\(\), but got the class Newton"),
+        (lambda: pf.contractive_residual(3, solver=Settings()), "solver must be solvers.Newton"),
+        (lambda: implicit_gradient(lambda x: x, torch.zeros(3), solver=Settings()), "must be one such as solvers.And"),
+    ],
+)
+def test_the_mistake_and_the_remedy_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def vectors_flow():
+    return pf.Flow(vectors(4), [coupling()])()
+
+
+def foreign_inverse(solver):
+    return pf.NumericalInverse(dist.transforms.planar(3), solver=solver)
+
+
+@pytest.mark.parametrize("layer", [coupling, lambda: pf.Chain([coupling()]), lambda: pf.Inverted(coupling())])
+def test_a_guide_that_is_given_a_layer_for_a_function(layer):
+    def model():
+        pyro.sample("z", vectors(4))
+
+    guide = AutoNormalizingFlow(model, layer())
+    with pytest.raises(TypeError, match=r"got the int 4\. .* partial\(stack, 4, affine_coupling\)"):
+        guide()
+    AutoNormalizingFlow(model, partial(pf.stack, 2, pf.affine_coupling))()
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_base_without_the_shape_of_an_event(conditional):
+    part = pf.conditional_affine_coupling(4, 2, [8]) if conditional else coupling()
+    context = [torch.zeros(2)] if conditional else []
+    with pytest.raises(
+        ValueError, match=r"Normal, has the shape \(\)\..*Normal\(torch\.zeros\(4\), 1\.0\)\.to_event\(1\)"
+    ):
+        pf.Flow(normal(), [part])(*context)
+    image = pf.Chain([pf.affine_coupling(2, [4], dim=-3), pf.Baird()])
+    with pytest.raises(
+        ValueError, match=r"3 dimension\(s\).*Laplace, has the shape \(5,\).*zeros\(2, n, n\), .*to_event\(3\)"
+    ):
+        pf.Flow(dist.Laplace(torch.zeros(5), 1.0).to_event(1), [image])
+    assert pf.Flow(normal(4), [part])(*context).event_shape == (4,)  # torch makes a batch dimension an event's
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        dist.Bernoulli(torch.full((4,), 0.5)).to_event(1),
+        dist.Poisson(torch.ones(4)).to_event(1),
+        dist.Multinomial(3, torch.ones(4)),
+        dist.OneHotCategorical(torch.ones(4)),
+        dist.Categorical(torch.ones(4)),
+    ],
+    ids=lambda d: type(getattr(d, "base_dist", d)).__name__,
+)
+def test_a_discrete_base(base):
+    name = type(getattr(base, "base_dist", base)).__name__
+    with pytest.raises(ValueError, match=f"base must be continuous.*{name} is discrete.*such as Normal"):
+        pf.Flow(base, [pf.Baird()])
+
+
+def test_batches_of_base_and_context_that_clash():
+    parts = [coupling(), pf.conditional_affine_coupling(4, 3, [8])]
+    for base in (vectors(2, 4), normal(2, 4)):
+        flow = pf.Flow(base, parts)
+        with pytest.raises(
+            ValueError, match=r"base, \(2,\), and of the context, \(5,\), must broadcast. Give a context"
+        ):
+            flow(torch.zeros(5, 3))
+        assert flow(torch.zeros(2, 3)).batch_shape == (2,)
+        assert flow(torch.zeros(5, 1, 3)).batch_shape == (5, 2)
 
 
 def test_a_network_whose_output_would_broadcast_is_refused():

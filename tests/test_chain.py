@@ -108,7 +108,7 @@ def test_wrong_parts():
         pf.Chain([pf.conditional_shift(2, 1)])
     with pytest.raises(TypeError, match="list of transforms"):
         pf.Chain(pf.shift(2))
-    with pytest.raises(TypeError, match="needs a transform"):
+    with pytest.raises(TypeError, match="expected a transform"):
         pf.Inverted(torch.nn.Linear(2, 2))
 
 

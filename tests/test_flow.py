@@ -111,7 +111,7 @@ def test_it_refuses_what_it_cannot_rebuild():
     for base in (Odd(3).to_event(1), dist.Normal(torch.zeros(3), 1.0).mask(False).to_event(1)):
         with pytest.raises(TypeError, match="cannot rebuild"):
             pf.Flow(base, layers(3))
-    with pytest.raises(TypeError, match="needs a distribution"):
+    with pytest.raises(TypeError, match="expected a distribution"):
         pf.Flow(torch.zeros(3), layers(3))
     with pytest.raises(ValueError, match="4"):
         pf.Flow(dist.Normal(torch.zeros(4), 1.0).to_event(1), layers(3))

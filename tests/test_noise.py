@@ -985,7 +985,7 @@ def test_multi_scale_trains_and_refuses_bad_sizes():
     for layers, message in [
         (coupling(8), "layers must be a function .* AffineCoupling"),
         ([coupling], "layers must be a function .* list"),
-        (lambda k: [coupling(k)], "Chain needs transforms, but got list"),
+        (lambda k: [coupling(k)], "Chain: expected a transform, got list"),
     ]:
         with pytest.raises(TypeError, match=message):
             pf.multi_scale(8, layers=layers)

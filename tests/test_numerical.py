@@ -234,7 +234,7 @@ def test_compiled_code_breaks_its_graph_at_the_inverse():
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: pf.NumericalInverse(lambda x: x), TypeError, "needs a transform"),
+        (lambda: pf.NumericalInverse(lambda x: x), TypeError, "expected a transform"),
         (lambda: pf.NumericalInverse(pyro_transforms.conditional_planar(3, 2)), TypeError, "Condition it first"),
         (lambda: pf.NumericalInverse(torch_transforms.AbsTransform()), ValueError, "one-to-one"),
         (lambda: pf.NumericalInverse(torch_transforms.SoftmaxTransform()), ValueError, "one-to-one"),

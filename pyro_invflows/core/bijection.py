@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from pyro.distributions import TransformModule
@@ -212,11 +212,7 @@ class Bijection(TransformModule):
     def _check(self, value: Tensor, inverse: bool) -> None:
         """Refuse, at almost no cost, a value that cannot be an event of this layer."""
         if not (isinstance(value, Tensor) and value.is_floating_point()):
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(
-                f"{type(self).__name__} needs a floating point tensor, but got {kind}. Convert it first, for example "
-                "with x.float() or torch.as_tensor."
-            )
+            self._refuse_kind(value)
         for own in (self._parameters, self._buffers):
             for name, tensor in own.items():
                 if tensor is not None and tensor.dtype != value.dtype and tensor.is_floating_point():
@@ -226,6 +222,19 @@ class Bijection(TransformModule):
             value.dim() < event_dim or (self.input_dim is not None and value.shape[self.dim] != self.input_dim)
         ):
             self._event_shape(value.shape, event_dim, inverse)
+
+    def _refuse_kind(self, value: Any) -> NoReturn:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        if isinstance(value, int):  # what Pyro's guides call an init_transform_fn with
+            raise TypeError(
+                f"{type(self).__name__} needs a floating point tensor, but got the int {value}. Where a function is "
+                "wanted that builds a layer from its size, give that function and not a layer, for example "
+                "partial(stack, 4, affine_coupling)."
+            )
+        raise TypeError(
+            f"{type(self).__name__} needs a floating point tensor, but got {kind}. Convert it first, for example with "
+            "x.float() or torch.as_tensor."
+        )
 
     def _refuse_dtype(self, value: Tensor, name: str, tensor: Tensor) -> None:
         if is_any_autocast():

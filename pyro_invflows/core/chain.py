@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
@@ -18,6 +19,7 @@ from pyro_invflows.core.inverted import Inverted
 from pyro_invflows.core.kinds import VolumePreserving
 from pyro_invflows.core.parts import _clear, _evaluate, _evaluate_inverse, _log_det, _trace
 from pyro_invflows.core.recompute import recompute
+from pyro_invflows.support.checks import described
 from pyro_invflows.support.modes import in_functorch, is_any_autocast
 
 __all__ = ["Chain", "stack"]
@@ -175,6 +177,8 @@ class Chain(Bijection, nn.ModuleList):
         return torch.Size(shape)
 
     def _check(self, value: Tensor, inverse: bool) -> None:
+        if not isinstance(value, Tensor):
+            self._refuse_kind(value)
         # each part checks its own input; only what no part sees is left
         event_dim = (self.codomain if inverse else self.domain).event_dim
         if value.dim() < event_dim:
@@ -281,15 +285,10 @@ def _flatten(parts: Iterable[Transform]) -> Iterator[Transform]:
     if isinstance(parts, Transform) and not isinstance(parts, (Chain, ComposeTransform)):
         raise TypeError("Chain needs a list of transforms, not a single one; write Chain([transform]).")
     if not isinstance(parts, (Iterable, ComposeTransform)):
-        raise TypeError(f"Chain needs a list of transforms, but got {parts!r}.")
+        raise TypeError(f"Chain: expected a list of transforms, got {described(parts)}")
     for part in parts.parts if isinstance(parts, ComposeTransform) else parts:
         if not isinstance(part, Transform):
-            hint = (
-                " Condition it first, part.condition(context), or give it to Flow."
-                if hasattr(part, "condition")
-                else ""
-            )
-            raise TypeError(f"Chain needs transforms, but got {type(part).__name__}.{hint}")
+            raise TypeError(f"Chain: expected a transform, got {described(part)}")
         if isinstance(part, ComposeTransform) or (isinstance(part, Chain) and not part.recompute):
             yield from _flatten(part.parts)
         elif isinstance(part, _InverseTransform) and inner_modules(part):
@@ -310,8 +309,8 @@ def stack(repeats: int, factory: Callable[..., Transform], *args: Any, **kwargs:
         **kwargs: Passed to the factory.
 
     Raises:
-        TypeError: if ``repeats`` is not an int.
-        ValueError: if it is below 1.
+        TypeError: if ``repeats`` is not an int, or ``factory`` a layer or anything else that cannot be called.
+        ValueError: if ``repeats`` is below 1.
 
     Example:
         >>> chain = stack(2, diagonal, 3)
@@ -322,4 +321,9 @@ def stack(repeats: int, factory: Callable[..., Transform], *args: Any, **kwargs:
         raise TypeError(f"stack: repeats must be an int, but got {repeats!r}; it comes first: stack(4, factory, dim).")
     if repeats < 1:
         raise ValueError(f"stack: repeats must be at least 1, but got {repeats}.")
+    if isinstance(factory, (Transform, ConditionalTransform)) or not callable(factory):
+        raise TypeError(
+            "stack: factory must be a function that builds a new layer at each call, as in stack(4, affine_coupling, "
+            f"input_dim), but got {type(factory).__name__}."
+        )
     return Chain([factory(*args, **kwargs) for _ in range(repeats)])

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.kinds import Elementwise
 from pyro_invflows.core.rebind import inner_layers, rebind
 from pyro_invflows.networks import dense_network
 from pyro_invflows.networks.calling import call_network
-from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.checks import described, positive_int
 from pyro_invflows.support.modes import is_any_autocast
 
 __all__ = ["Conditional"]
@@ -70,9 +71,10 @@ class Conditional(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(template, Bijection):
+            hint = " A foreign transform has no parameters that could be batched."
+            hint = hint if isinstance(template, Transform) else ""
             raise TypeError(
-                f"Conditional needs a layer of this library as its template, but got {type(template).__name__}; a "
-                "foreign transform has no parameters that could be batched."
+                f"Conditional: expected a layer of this library as the template, got {described(template)}{hint}"
             )
         if not template.conditionable:
             raise ValueError(

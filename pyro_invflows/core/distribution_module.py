@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints, transform_to
 
-__all__ = ["DistributionModule", "refuse_gradients"]
+__all__ = ["DistributionModule", "kind_of", "refuse_gradients"]
 
 #: Arguments that say the same thing; the first that a distribution has is kept.
 _ALTERNATIVES = ({"scale_tril", "covariance_matrix", "precision_matrix"}, {"logits", "probs"})
@@ -19,8 +19,6 @@ class DistributionModule(nn.Module):
 
     def __init__(self, base: Distribution, trainable: bool) -> None:
         super().__init__()
-        if not isinstance(base, Distribution):
-            raise TypeError(f"Flow needs a distribution as its base, but got {type(base).__name__}.")
         self.kind = type(base)
         takes_flag = "validate_args" in inspect.signature(type(base).__init__).parameters
         self.unchecked = {"validate_args": False} if takes_flag else {}
@@ -96,6 +94,13 @@ class DistributionModule(nn.Module):
         return self.kind.__name__
 
 
+def kind_of(distribution: Distribution) -> str:
+    """Return the name of a distribution's class, for messages: of what stands inside ``.to_event(n)``."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return type(distribution).__name__
+
+
 def refuse_gradients(distribution: Distribution, owner: str, remedy: str) -> None:
     """Refuse a distribution whose tensors require gradients where it will be copied: the copies would be trained.
 
@@ -110,7 +115,7 @@ def refuse_gradients(distribution: Distribution, owner: str, remedy: str) -> Non
     if _needs_grad(distribution):
         raise TypeError(
             f"{owner} copies the arguments of the distribution that it is given, but this "
-            f"{type(distribution).__name__} has tensors that require gradients, which would then never be trained. "
+            f"{kind_of(distribution)} has tensors that require gradients, which would then never be trained. "
             f"{remedy}"
         )
 

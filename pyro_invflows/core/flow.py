@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_invflows.core.chain import Chain
-from pyro_invflows.core.distribution_module import DistributionModule, refuse_gradients
+from pyro_invflows.core.distribution_module import DistributionModule, kind_of, refuse_gradients
 from pyro_invflows.core.flow_distribution import FlowDistribution
 from pyro_invflows.core.rebind import settled
+from pyro_invflows.support.checks import described
 
 __all__ = ["Flow"]
 
@@ -36,11 +37,11 @@ class Flow(nn.Module):
             of the base's values.
 
     Raises:
-        TypeError: if the base cannot be rebuilt from its arguments, if these require gradients and ``trainable_base``
-            is not set (the flow holds copies, so the caller's tensors would never be trained), or if a part is not a
-            transform.
-        ValueError: if base and layers do not fit; if a context is given to a flow without conditional parts, or
-            missing in one with them.
+        TypeError: if the base is not a distribution or cannot be rebuilt from its arguments, if these require gradients
+            and ``trainable_base`` is not set (the flow holds copies, so that the caller's tensors would never be
+            trained), or if a part is not a transform.
+        ValueError: if the base is discrete; if base and layers do not fit; if a context is given to a flow without
+            conditional parts, or missing in one with them.
 
     Example:
         >>> flow = Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [Orthogonal(3), affine_coupling(3)])
@@ -56,16 +57,15 @@ class Flow(nn.Module):
         trainable_base: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(transforms, (Transform, ConditionalTransform)):
+        if isinstance(transforms, Distribution) and not isinstance(base, Distribution):
+            raise TypeError("Flow: the base distribution comes first, then the layers: Flow(base, layers).")
+        if isinstance(transforms, (Transform, ConditionalTransform)) or not isinstance(transforms, Iterable):
             transforms = [transforms]
-        parts = list(transforms)
-        if isinstance(base, Distribution) and not trainable_base:
-            refuse_gradients(
-                base,
-                "Flow",
-                "Flow(base, ..., trainable_base=True) learns copies of its own; TransformedDistribution(base, ...) "
-                "keeps the tensors that it is given.",
-            )
+        parts: list[Any] = list(transforms)
+        for part in parts:
+            if not isinstance(part, (Transform, ConditionalTransform)):
+                raise TypeError(f"Flow: expected a transform, got {described(part)}")
+        _check_base(base, trainable_base)
         self.base = DistributionModule(base, trainable_base)
         self.is_conditional = any(isinstance(part, ConditionalTransform) for part in parts)
         self.transforms: Chain | nn.ModuleList
@@ -74,12 +74,16 @@ class Flow(nn.Module):
             parts = [part if isinstance(part, ConditionalTransform) else Chain([part]) for part in parts]
             for part in parts:
                 if not isinstance(part, nn.Module):
-                    raise TypeError(f"Flow needs conditional transforms that are modules, but got {type(part)}.")
+                    raise TypeError(
+                        f"Flow: expected conditional transforms that are modules, got {type(part).__name__}; derive it "
+                        "from pyro.distributions.ConditionalTransformModule."
+                    )
             self.transforms = nn.ModuleList(parts)
         else:
             self.transforms = parts[0] if len(parts) == 1 and isinstance(parts[0], Chain) else Chain(parts)
             # Base and layers fit, or this says so. Its shapes serve every call: torch's constructor walks them anew.
             base_now = self.base()
+            _check_event(base_now, self.transforms)
             whole = FlowDistribution(base_now, [self.transforms])
             if whole.base_dist is base_now:
                 self._shapes = whole.batch_shape, whole.event_shape
@@ -106,7 +110,7 @@ class Flow(nn.Module):
         """Return the distribution for a context ``(*B, context_dim)``; its batch shape is B.
 
         Raises:
-            ValueError: if no part takes a context.
+            ValueError: if no part takes a context, or if its batch shape does not broadcast with the base's.
         """
         if not self.is_conditional:
             raise ValueError(
@@ -118,7 +122,16 @@ class Flow(nn.Module):
             part.condition(context) if isinstance(part, ConditionalTransform) else cast(Transform, part)
             for part in self._transforms_now()
         )
-        d = FlowDistribution(self.base(), [chain])
+        base = self.base()
+        _check_event(base, chain)
+        try:
+            d = FlowDistribution(base, [chain])
+        except RuntimeError as error:
+            batch = (base.batch_shape + base.event_shape)[: -chain.domain.event_dim or None]
+            raise ValueError(
+                f"Flow: the batch shapes of the base, {tuple(batch)}, and of the context, {tuple(context.shape[:-1])}, "
+                "must broadcast. Give a context for each element of the base's batch, or a base without a batch shape."
+            ) from error
         if d.batch_shape != torch.broadcast_shapes(context.shape[:-1], d.batch_shape):
             raise ValueError(
                 f"Flow: for a context with the batch shape {tuple(context.shape[:-1])} the distribution has "
@@ -139,6 +152,41 @@ class Flow(nn.Module):
             clear = getattr(part, "clear_cache", None)
             if clear is not None:
                 clear()
+
+
+def _check_base(base: Any, trainable: bool) -> None:
+    """Refuse a base that layers cannot transform, or whose tensors a copy would cut off."""
+    if not isinstance(base, Distribution):
+        raise TypeError(f"Flow: expected a distribution as the base, got {type(base).__name__}.")
+    try:
+        discrete = base.support.is_discrete  # type: ignore[union-attr]
+    except (NotImplementedError, AttributeError):  # a distribution need not say what its support is
+        discrete = False
+    if discrete:
+        raise ValueError(
+            f"Flow: the base must be continuous, because layers transform a density, but {kind_of(base)} is "
+            "discrete. Use a continuous base, such as Normal."
+        )
+    if not trainable:
+        refuse_gradients(
+            base,
+            "Flow",
+            "Flow(base, ..., trainable_base=True) learns copies of its own; TransformedDistribution(base, ...) keeps "
+            "the tensors that it is given.",
+        )
+
+
+def _check_event(base: Distribution, layers: Chain) -> None:
+    """Refuse a base with fewer dimensions than an event of the layers."""
+    event_dim = layers.domain.event_dim
+    if len(base.batch_shape) + len(base.event_shape) < event_dim:
+        sizes = layers.trace_event({}, inverse=True)
+        known = [str(sizes.get(axis, "n")) for axis in range(-event_dim, 0)]
+        raise ValueError(
+            f"Flow: the layers work on events with {event_dim} dimension(s), but the base, {kind_of(base)}, has the "
+            f"shape {tuple(base.batch_shape + base.event_shape)}. Give it the shape of an event, as in "
+            f"Normal(torch.zeros({', '.join(known)}), 1.0).to_event({event_dim})."
+        )
 
 
 # Registered, not inherited: the metaclass of Pyro's abstract class would clash with that of PyroModule[Flow].

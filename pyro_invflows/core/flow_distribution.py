@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -39,6 +40,12 @@ class FlowDistribution(TransformedDistribution):
     """
 
     # No __init__ and no state of its own: expand(), plates and to_event() rebuild the parent.
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        return super().sample(_checked(sample_shape, "sample"))
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        return super().rsample(_checked(sample_shape, "rsample"))
 
     def log_prob(self, value: Tensor, *, num_particles: int = 1) -> Tensor:
         """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``.
@@ -84,10 +91,11 @@ class FlowDistribution(TransformedDistribution):
 
         With ``Slice(score="data")`` the score draws afresh, as :meth:`log_prob` does.
         """
+        shape = _checked(sample_shape, "rsample_and_log_prob")
         if any(map(_draws_to_score, self.transforms)):
-            value = self.rsample(torch.Size(sample_shape))
+            value = self.rsample(shape)
             return value, self._score(value)
-        value = self.base_dist.rsample(torch.Size(sample_shape))
+        value = self.base_dist.rsample(shape)
         total = _log_prob(self.base_dist, value)
         event_dim = self._base_event_dim()
         total = sum_rightmost(total, event_dim - len(self.base_dist.event_shape))
@@ -115,6 +123,13 @@ class FlowDistribution(TransformedDistribution):
         for transform in reversed(self.transforms):
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
         return event_dim
+
+
+def _checked(sample_shape: Any, owner: str) -> torch.Size:
+    """Check a sample shape: a number is not one."""
+    if hasattr(sample_shape, "__index__"):
+        raise TypeError(f"{owner}: sample_shape must be a tuple, such as ({sample_shape},), but got {sample_shape!r}.")
+    return torch.Size(sample_shape)
 
 
 def _draws_to_score(transform: Transform) -> bool:

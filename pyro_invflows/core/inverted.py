@@ -13,6 +13,7 @@ from pyro_invflows.core import latents as noise
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.foreign import alone, hidden_tensors, inner_modules
 from pyro_invflows.core.parts import _clear, _evaluate, _evaluate_inverse, _log_det, _trace
+from pyro_invflows.support.checks import described
 
 __all__ = ["Inverted"]
 
@@ -42,9 +43,9 @@ class Inverted(Bijection):
 
     def __init__(self, layer: Transform, *, cache_size: int = 1) -> None:
         if not isinstance(layer, Transform):
-            hint = " Invert the layer that it conditions: Conditional(Inverted(layer), ...)."
-            hint = hint if hasattr(layer, "condition") else ""
-            raise TypeError(f"Inverted needs a transform, but got {type(layer).__name__}.{hint}")
+            kind, conditional = type(layer).__name__, hasattr(layer, "condition") and not isinstance(layer, type)
+            hint = f"{kind}. Invert the layer that it conditions: Conditional(Inverted(layer), ...)."
+            raise TypeError(f"Inverted: expected a transform, got {hint if conditional else described(layer)}")
         super().__init__(cache_size=cache_size)
         self.layer = layer
         for i, module in enumerate([] if isinstance(layer, nn.Module) else inner_modules(layer)):

@@ -9,6 +9,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.support.checks import described
 
 __all__ = ["call_and_ladj", "inv_and_ladj"]
 
@@ -66,7 +67,7 @@ def inv_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _require_transform(transform: object, owner: str) -> None:
     if not isinstance(transform, Transform):
-        raise TypeError(f"{owner} needs a torch Transform, but got {type(transform).__name__}.")
+        raise TypeError(f"{owner}: expected a transform, got {described(transform)}")
 
 
 def _compose_and_ladj(compose: ComposeTransform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

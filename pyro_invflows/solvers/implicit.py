@@ -64,6 +64,7 @@ def implicit_gradient(
         owner: Whom an error names.
 
     Raises:
+        TypeError: if the solver is not one.
         ValueError: if the structure or the order is unknown, or they do not go together.
         NotImplementedError: later, in a second derivative at order 1; at once under ``torch.jit.trace``.
         ConvergenceError: later, if the iterative solve fails in the backward pass.
@@ -85,6 +86,8 @@ def implicit_gradient(
         raise ValueError(
             f"{owner}: order must be 1, or 2 where the structure is dense or elementwise, but got {order!r}."
         )
+    if solver is not None and not callable(solver):
+        raise TypeError(f"{owner}: solver must be one such as solvers.Anderson(), but got {type(solver).__name__}.")
     if structure == "autoregressive" and diagonal is None:
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
     if not torch.compiler.is_compiling() and is_tracing():

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from pyro.distributions import ConditionalTransform
 from torch import Tensor, nn
 
-__all__ = ["activation_constructor", "derivative_order", "floating_tensor", "positive_int", "widths"]
+__all__ = [
+    "activation_constructor",
+    "derivative_order",
+    "described",
+    "floating_tensor",
+    "positive_int",
+    "widths",
+]
 
 
 def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
@@ -49,3 +58,17 @@ def derivative_order(order: int, owner: str) -> int:
     if order not in (1, 2):
         raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
     return order
+
+
+def described(value: Any) -> str:
+    """Say what was given in place of a transform, for an error's text; a factory or a class that was not called."""
+    call = value.func if isinstance(value, partial) else value
+    if isinstance(call, type):
+        return f"the class {call.__name__}; did you mean {call.__name__}(...)?"
+    if callable(call) and not isinstance(call, nn.Module) and hasattr(call, "__name__"):
+        return "a function." if call.__name__ == "<lambda>" else f"a function; did you mean {call.__name__}(...)?"
+    if isinstance(value, ConditionalTransform):
+        return f"{type(value).__name__}. Condition it first, with .condition(context), or give it to Flow."
+    if isinstance(value, (int, float, str)):
+        return f"{value!r}."
+    return f"{type(value).__name__}."

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.events import negative_axis
 from pyro_invflows.networks import conv_network, dense_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.support.checks import positive_int, widths
@@ -244,6 +245,7 @@ def affine_coupling(
         ValueError: if ``split_dim`` leaves nothing to transform.
     """
     positive_int(input_dim, "input_dim", "affine_coupling")
+    negative_axis(dim, "affine_coupling")
     split_dim = input_dim // 2 if split_dim is None else positive_int(split_dim, "split_dim", "affine_coupling", 0)
     hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else widths(hidden_dims, "affine_coupling")
     hypernet = None

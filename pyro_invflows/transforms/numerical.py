@@ -15,6 +15,7 @@ from pyro_invflows.core.foreign import alone, hidden_tensors, inner_modules
 from pyro_invflows.core.one_pass import call_and_ladj
 from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
+from pyro_invflows.support.checks import described
 from pyro_invflows.support.derivatives import outside_inference_mode
 from pyro_invflows.support.precision import outside_autocast
 
@@ -262,8 +263,7 @@ def _is_real(constraint: constraints.Constraint) -> bool:
 def _check_transform(transform: Any) -> None:
     name = type(transform).__name__
     if not isinstance(transform, Transform):
-        hint = " Condition it first, transform.condition(context)." if hasattr(transform, "condition") else ""
-        raise TypeError(f"NumericalInverse needs a transform, but got {name}.{hint}")
+        raise TypeError(f"NumericalInverse: expected a transform, got {described(transform)}")
     if isinstance(transform, pyro_transforms.Sylvester):
         raise ValueError(
             "NumericalInverse does not take Pyro's Sylvester: its log-det multiplies the diagonals of a product that "
@@ -288,16 +288,12 @@ def _check_transform(transform: Any) -> None:
 def _check_solver(solver: Settings | None, structure: str) -> Settings:
     if solver is None:
         return Bisection() if structure == "elementwise" else Newton()
-    wanted = (Bisection,) if structure == "elementwise" else None
-    if not isinstance(solver, Settings) or (wanted is None and isinstance(solver, Bisection)):
-        raise TypeError(
-            f"NumericalInverse: the {structure} structure needs a solver such as "
-            f"{'solvers.Bisection()' if wanted else 'solvers.Newton()'}, but got {type(solver).__name__}."
-        )
-    if wanted and not isinstance(solver, wanted):
-        raise TypeError(
-            f"NumericalInverse: the elementwise structure needs solvers.Bisection(), but got {type(solver).__name__}."
-        )
+    elementwise = structure == "elementwise"
+    fits = isinstance(solver, Settings) and callable(solver) and isinstance(solver, Bisection) == elementwise
+    if not fits:  # Settings themselves are what solvers share, not a solver
+        given = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
+        wanted = "solvers.Bisection()" if elementwise else "a solver such as solvers.Newton()"
+        raise TypeError(f"NumericalInverse: the {structure} structure needs {wanted}, but got {given}.")
     return solver
 
 

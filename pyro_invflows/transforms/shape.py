@@ -49,7 +49,10 @@ class Permute(VolumePreserving):
     permutation: Tensor
 
     def __init__(self, permutation: Sequence[int] | Tensor, *, dim: int = -1, cache_size: int = 1) -> None:
-        index = torch.as_tensor(permutation)
+        try:
+            index = torch.as_tensor(permutation)
+        except (TypeError, ValueError, RuntimeError):  # torch's ways to say that these are not numbers
+            index = torch.empty(())
         if index.dim() != 1 or index.is_floating_point() or index.is_complex() or not index.numel():
             raise ValueError(f"Permute needs a non-empty one-dimensional sequence of ints, but got {permutation!r}.")
         index = index.detach().to(torch.long).clone()
@@ -167,9 +170,10 @@ def permute(
     positive_int(input_dim, "input_dim", "permute")
     if permutation is None:
         permutation = torch.randperm(input_dim, generator=generator)
-    if len(permutation) != input_dim:
-        raise ValueError(f"permute: the permutation must have {input_dim} elements, but has {len(permutation)}.")
-    return Permute(permutation, dim=dim)
+    layer = Permute(permutation, dim=dim)
+    if layer.input_dim != input_dim:
+        raise ValueError(f"permute: the permutation must have {input_dim} elements, but has {layer.input_dim}.")
+    return layer
 
 
 def pixel_shuffle(input_dim: int | None = None, *, upscale_factor: int = 2) -> PixelShuffle:
