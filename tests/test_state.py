@@ -158,6 +158,22 @@ def test_built_without_values_and_loaded(case, dim):
         same(Both(copy.deepcopy(new))(*points), expected)
 
 
+@pytest.mark.parametrize(("case", "dim"), SMALL)
+def test_reset_parameters_refills_what_a_state_does_not_hold(case, dim):
+    one, other, points = two(case, dim)
+    saved = one.state_dict().keys()
+    for name, buffer in other.named_buffers():
+        if name not in saved:
+            buffer.fill_(float("nan"))
+    for module in other.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    with torch.no_grad():
+        for name, value in other.state_dict().items():
+            value.copy_(one.state_dict()[name])
+    same(Both(other)(*points), Both(one)(*points))
+
+
 def noisy_flow():
     base = dist.Normal(torch.zeros(3), torch.ones(3), validate_args=False).to_event(1)
     parts = [pf.affine_coupling(3, [8]), pf.inject_noise(3, 2, name="e"), pf.permute(5), pf.affine_coupling(5, [8])]
