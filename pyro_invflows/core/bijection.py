@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_invflows.core.events import event_constraint, negative_axis
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.modes import in_functorch, is_any_autocast
 
 __all__ = ["Bijection"]
@@ -248,6 +249,8 @@ class Bijection(TransformModule):
     def _run(self, hook: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Any]:
         """Check ``value`` and run a hook; a dtype clash inside a sub-network is named, not left to a matmul."""
         self._check(value, inverse)
+        if self._forward_pre_hooks:  # run by the module's own call alone, which inverses and log-dets are not
+            compute_tensors(self)
         if torch.compiler.is_compiling():
             return hook(value)
         try:
@@ -325,6 +328,8 @@ class Bijection(TransformModule):
             self._use_up()
             return self._log_det(x, y, entry.aux)
         self._check(x, inverse=False)
+        if self._forward_pre_hooks:
+            compute_tensors(self)
         return self._log_det(x, y, self._aux(x, y))
 
     def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:

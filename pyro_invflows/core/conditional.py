@@ -15,6 +15,7 @@ from pyro_invflows.core.rebind import inner_layers, rebind
 from pyro_invflows.networks import dense_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.support.checks import described, positive_int
+from pyro_invflows.support.computed import computed_names
 from pyro_invflows.support.modes import is_any_autocast
 
 __all__ = ["Conditional"]
@@ -48,9 +49,9 @@ class Conditional(nn.Module):
 
     Raises:
         TypeError: if the template is not a layer of this library.
-        ValueError: if nothing in it can be conditioned, a parameter that a context would set is computed by
-            ``torch.nn.utils.parametrize``, or it was built with another ``context_dim``; in ``condition`` for a context
-            of another width.
+        ValueError: if nothing in it can be conditioned, a parameter that a context would set is computed from others
+            (by ``torch.nn.utils.parametrize``, ``prune`` or ``weight_norm``), or it was built with another
+            ``context_dim``; in ``condition`` for a context of another width.
 
     Example:
         >>> layer = Conditional(Orthogonal(3), 2)
@@ -104,7 +105,7 @@ class Conditional(nn.Module):
                     f"{context_dim}."
                 )
         for _, layer, _ in _layers(template):
-            _refuse_parametrised(layer)
+            _refuse_computed(layer)
         self._shapes = {
             prefix: {name: parameter.shape for name, parameter in _parameters_of(layer)}
             for prefix, layer, _ in _layers(template)
@@ -133,7 +134,7 @@ class Conditional(nn.Module):
 
         Raises:
             TypeError: if the context is not a floating point tensor.
-            ValueError: if its last dimension is not ``context_dim``, or the template has been parametrised.
+            ValueError: if its last dimension is not ``context_dim``, or the template has been parametrised or pruned.
         """
         if not isinstance(context, Tensor) or not context.is_floating_point():
             kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
@@ -159,7 +160,7 @@ class Conditional(nn.Module):
         for prefix, layer, extra in _layers(self.template, self._extra):
             # the event dimensions of the whole that the layer does not see stand behind the context's batch
             batch_shapes[prefix] = shape = torch.Size((*batch, *(1,) * extra))
-            _refuse_parametrised(layer)
+            _refuse_computed(layer)
             for name, own_shape in self._shapes[prefix].items():
                 values[prefix + name] = getattr(layer, name) + next(pieces).reshape(shape + own_shape)
             if getattr(layer, "context_dim", 0):
@@ -206,17 +207,15 @@ def _parameters_of(layer: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def _refuse_parametrised(layer: Bijection) -> None:
-    """Refuse a layer with a tensor that is computed by a parametrisation, which no other value can replace."""
-    for name, originals in (layer._modules.get("parametrizations") or nn.ModuleDict()).items():
-        # an original is the list's own; what is below belongs to the parametrisation
-        if list(originals.parameters(recurse=False)) and (layer.amortised is None or name in layer.amortised):
+def _refuse_computed(layer: Bijection) -> None:
+    """Refuse a layer with a tensor that is computed from others, which no other value can replace."""
+    for name, (function, undo) in computed_names(layer).items():
+        if layer.amortised is None or name in layer.amortised:
             kind = type(layer).__name__.removeprefix("Parametrized")
             raise ValueError(
                 f"Conditional: the parameters that a context sets must be the layer's own, but {name!r} of {kind} is "
-                "computed by torch.nn.utils.parametrize. Undo this with "
-                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}), or use the layer as it is, next "
-                "to layers that take the context."
+                f"computed by {function}. Undo this with {undo}(layer, {name!r}), or use the layer as it is, next to "
+                "layers that take the context."
             )
 
 

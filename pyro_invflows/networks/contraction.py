@@ -23,6 +23,7 @@ from pyro_invflows.networks.activations import LipSwish, value_and_slope
 from pyro_invflows.networks.dense import dense_network
 from pyro_invflows.networks.linearisation import Linearisation
 from pyro_invflows.support.checks import activation_constructor, positive_int, widths
+from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import functorch_level
 
@@ -139,6 +140,7 @@ class LinearContraction(nn.Module):
 
     def contracted(self) -> Tensor:
         """Return the matrix that acts, ``(out_features, in_features)``."""
+        compute_tensors(self)
         return contract(self.weight, self.lipschitz, linalg.spectral_norm_bound(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,6 +188,7 @@ class Conv2dContraction(nn.Module):
 
     def contracted(self) -> Tensor:
         """Return the kernel that acts, ``(out_channels, in_channels, k, k)``."""
+        compute_tensors(self)
         return contract(self.weight, self.lipschitz, linalg.convolution_norm_bound(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,10 +255,16 @@ class ContractiveMLP(nn.Module):
 
     def contracted(self) -> list[Tensor]:
         """Return the matrices that act; the product of their spectral norms is at most ``lipschitz``."""
-        return contract_product([layer.weight for layer in self.layers], self.lipschitz)[0]
+        return contract_product(self._own("weight"), self.lipschitz)[0]
+
+    def _own(self, name: str) -> list[Tensor]:
+        """Return the weights or the biases: the linear layers themselves are not called."""
+        for layer in self.layers:
+            compute_tensors(layer)
+        return [getattr(layer, name) for layer in self.layers]
 
     def _biases(self, context: Tensor | None) -> list[Tensor]:
-        biases = [layer.bias for layer in self.layers]
+        biases = self._own("bias")
         if context is None or self.hypernet is None:
             return biases
         shifts = self.hypernet(context).split([b.shape[-1] for b in biases], dim=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -32,16 +34,23 @@ def compute_tensors(module: nn.Module) -> None:
             )
 
 
-def computed_names(module: nn.Module) -> dict[str, str]:
-    """Return the tensors of a module that its own call computes, each with the function of torch that undoes this."""
-    undo: dict[type, tuple[str, str]] = {
-        BasePruningMethod: ("_tensor_name", "torch.nn.utils.prune.remove"),
-        SpectralNorm: ("name", "torch.nn.utils.remove_spectral_norm"),
-        WeightNorm: ("name", "torch.nn.utils.remove_weight_norm"),
-    }
-    return {
-        getattr(hook, attribute): function
-        for hook in module._forward_pre_hooks.values()
-        for kind, (attribute, function) in undo.items()
-        if isinstance(hook, kind)
-    }
+def computed_names(module: nn.Module) -> dict[str, tuple[str, str]]:
+    """Return the names of the tensors that are not a module's own but computed from others.
+
+    Each with the function of torch that computes it, and the one that undoes this.
+    """
+    own = "torch.nn.utils."
+    names = {}
+    parametrised: Any = module._modules.get("parametrizations") or {}
+    for name, originals in parametrised.items():
+        # an original is the list's own; what is below belongs to the parametrisation
+        if list(originals.parameters(recurse=False)):
+            names[name] = f"{own}parametrize", f"{own}parametrize.remove_parametrizations"
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            names[hook._tensor_name] = f"{own}prune", f"{own}prune.remove"
+        elif isinstance(hook, WeightNorm):
+            names[hook.name] = f"{own}weight_norm", f"{own}remove_weight_norm"
+        elif isinstance(hook, SpectralNorm):
+            names[hook.name] = f"{own}spectral_norm", f"{own}remove_spectral_norm"
+    return names

@@ -17,6 +17,7 @@ from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.core.kinds import VolumePreserving
 from pyro_invflows.support.checks import floating_tensor, positive_int
+from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.constants import HoldsConstants
 from pyro_invflows.support.precision import at_least_single
 from pyro_invflows.transforms.diagonal import _along, _sum_log_scale
@@ -45,6 +46,7 @@ class _Reflecting(HoldsConstants, Bijection):
 
     def _matrix(self, images_of_rows: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the matrix of a linear map from the images of the unit vectors."""
+        compute_tensors(self)
         return images_of_rows(torch.eye(self.input_dim, dtype=self.triangle.dtype, device=self.triangle.device)).mT
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.precision import at_least_single
 
 __all__ = ["LowRankLinear", "conditional_low_rank_linear", "low_rank_linear"]
@@ -81,6 +82,7 @@ class LowRankLinear(Bijection):
     @at_least_single
     def matrix(self) -> Tensor:
         """The matrix ``(I + U U^T)(I + W W^T)^{-1}``, ``(*B, D, D)``."""
+        compute_tensors(self)
         eye = torch.eye(self.input_dim, dtype=self.left.dtype, device=self.left.device)
         inner, _ = linalg.symmetric_low_rank_inverse(self.right)
         return (eye + self.left @ self.left.mT) @ (eye - inner @ inner.mT)
