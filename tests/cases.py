@@ -144,6 +144,7 @@ CASES = [
     Case("selu", "SELU", pf.selu),
     Case("baird", "Baird", pf.baird, conditional=pf.conditional_baird),
     Case("interval", "Interval", lambda d: pf.interval(d, low=-1.5, high=4.0)),
+    Case("interval_each", "Interval", lambda d: pf.Interval(-torch.arange(1.0, d + 1), torch.linspace(0.5, 3.0, d))),
     Case("permute", "Permute", pf.permute),
     Case("permute_image", "Permute", lambda d: pf.permute(d, dim=-3), event=image),
     Case(

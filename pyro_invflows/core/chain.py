@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, Transform
+from torch.distributions import ComposeTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_invflows.core import latents as noise
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.events import sum_rightmost
+from pyro_invflows.core.events import is_constant, sum_rightmost
 from pyro_invflows.core.foreign import hidden_tensors, inner_modules, may_hide_tensors, uncached
 from pyro_invflows.core.inverted import Inverted
-from pyro_invflows.core.kinds import VolumePreserving
+from pyro_invflows.core.kinds import Elementwise, VolumePreserving
 from pyro_invflows.core.parts import _clear, _evaluate, _evaluate_inverse, _log_det, _trace
 from pyro_invflows.core.recompute import recompute
 from pyro_invflows.support.checks import described
@@ -84,7 +85,12 @@ class Chain(Bijection, nn.ModuleList):
         self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
         # A compose knows how event dimensions add up.
         compose = ComposeTransform(list(self.parts))
-        self.domain, self.codomain = compose.domain, compose.codomain
+        self._domain = compose.domain if is_constant(compose.domain) else None
+        self._codomain = compose.codomain if is_constant(compose.codomain) else None
+        self._bounded = any(
+            isinstance(leaf, Elementwise) and not inverse and leaf.codomain is not constraints.real
+            for leaf, inverse in self._leaves(inverse=False)
+        )
         self.trace_event({})
         if self.recompute:
             for part in self.parts:
@@ -125,6 +131,14 @@ class Chain(Bijection, nn.ModuleList):
     append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = __add__ = _immutable
 
     # ------------------------------------------------------------------ shapes
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return ComposeTransform(list(self.parts)).domain if self._domain is None else self._domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return ComposeTransform(list(self.parts)).codomain if self._codomain is None else self._codomain
 
     @property
     def bijective(self) -> bool:  # type: ignore[override]
@@ -212,8 +226,9 @@ class Chain(Bijection, nn.ModuleList):
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
         rebuilt = recompute(self, x, inverse=False) if self._recomputes() else None
-        if rebuilt is not None:
-            return rebuilt
+        return self._walk(x) if rebuilt is None else rebuilt
+
+    def _walk(self, x: Tensor) -> tuple[Tensor, Any]:
         steps = []
         for part in self.parts:
             y, aux = _evaluate(part, x)
@@ -235,7 +250,14 @@ class Chain(Bijection, nn.ModuleList):
     def _aux(self, x: Tensor, y: Tensor) -> Any:
         # What lies between is rebuilt by the direction that draws nothing, or it would be of another sample.
         if not self._draws_forward:
-            return self._evaluate(x)[1]
+            if not self._bounded or self._draws_inverse or self._only_own_sample:
+                return self._evaluate(x)[1]
+            # Seen from x, every point on the way is within reach; only the way back from y tells whether y is. Where it
+            # is not, x stands for a border that recomputation could not find again.
+            with torch.no_grad():
+                back, steps = self._evaluate_inverse(y)
+                unreachable = self._log_det(back, y, steps) == math.inf
+            return self._log_det(x, y, self._walk(x)[1]).masked_fill(unreachable, math.inf)
         if not (self._draws_inverse or self._only_own_sample):
             return self._evaluate_inverse(y)[1]
         raise ValueError(
@@ -245,7 +267,7 @@ class Chain(Bijection, nn.ModuleList):
         )
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
-        if isinstance(aux, Tensor):  # recomputing chains know it already
+        if isinstance(aux, Tensor):  # it is known already
             return aux
         total: Tensor | None = None
         event_dim = self.domain.event_dim

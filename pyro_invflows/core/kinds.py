@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.events import out_of_reach
 
 __all__ = ["Elementwise", "VolumePreserving"]
 
@@ -18,6 +20,11 @@ class Elementwise(Bijection):
 
     An author writes the function, its inverse and the log of its slope. Parameters have the ``shape`` given to
     the constructor, which broadcasts against the input from the right.
+
+    Where the function is not onto the real line, ``codomain`` says so, as an interval or a half-line. A y outside it
+    cannot be reached and has density 0: its log-det is +inf, whatever ``_log_slope`` says (see
+    :func:`~pyro_invflows.core.events.out_of_reach` for what counts as outside). ``_inverse_function`` gives it a finite
+    x all the same, with a finite gradient: it clamps y to the codomain first.
     """
 
     domain: constraints.Constraint = constraints.real
@@ -42,17 +49,23 @@ class Elementwise(Bijection):
     def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _log_slope(x, y) -> log|dy/dx|.")
 
-    def _forward_aux(self, x: Tensor) -> tuple[Tensor, None]:
-        return self._function(x), None
+    # The aux is whether y was given: what the function returned need not be looked at.
 
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
-        return self._inverse_function(y), None
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, bool]:
+        return self._function(x), False
 
-    def _aux(self, x: Tensor, y: Tensor) -> None:
-        return None
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, bool]:
+        return self._inverse_function(y), True
 
-    def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
-        return self._log_slope(x, y)
+    def _aux(self, x: Tensor, y: Tensor) -> bool:
+        return True
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: bool) -> Tensor:
+        slope = self._log_slope(x, y)
+        if not aux or self.codomain is constraints.real:
+            return slope
+        outside = out_of_reach(y, self.codomain)
+        return slope if outside is None else slope.masked_fill(outside, math.inf)
 
     @property
     def batch_shape(self) -> torch.Size:

@@ -78,15 +78,22 @@ class _Recompute(torch.autograd.Function):
             total = ladj if total is None else total + ladj
         if out is value:
             out = value.clone()
+        total = torch.zeros_like(value) if total is None else total
         ctx.chain, ctx.inner, ctx.inverse, ctx.event_dims = chain, inner, inverse, event_dims
+        # Rows whose input is out of reach, so that nothing can rebuild it: they have no gradient.
+        ctx.lost = total.isinf()
         ctx.save_for_backward(value, out, *tensors)
-        return out, torch.zeros_like(value) if total is None else total
+        return out, total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
         value, current, *tensors = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(tensors)
         current = current.detach()
+        source, target = ctx.chain.domain.event_dim, ctx.chain.codomain.event_dim
+        source, target = (target, source) if ctx.inverse else (source, target)
+        grad = grad.masked_fill(_over_events(ctx.lost, target), 0.0)
+        grad_ladj = grad_ladj.masked_fill(ctx.lost, 0.0)
         with torch.no_grad():
             steps = zip(reversed(_walk(ctx.chain, ctx.inverse)), reversed(ctx.event_dims), strict=True)
             for part, extra in steps:
@@ -97,7 +104,7 @@ class _Recompute(torch.autograd.Function):
                     if g is not None:
                         old = grads[i]
                         grads[i] = g if old is None else old + g
-        _compare(ctx.chain, value, current, (ctx.chain.codomain if ctx.inverse else ctx.chain.domain).event_dim)
+        _compare(ctx.chain, value, current, source, ctx.lost)
         results: Sequence[Tensor | None] = [grad.sum_to_size(value.shape), *grads]
         results = first_order_only(results, (value, *tensors), _FIRST_ORDER)
         return None, None, None, *results
@@ -145,7 +152,12 @@ def _event_dims(chain: Any, inverse: bool) -> list[int]:
     return extra
 
 
-def _compare(chain: Any, given: Tensor, rebuilt: Tensor, event_dim: int) -> None:
+def _over_events(rows: Tensor, event_dim: int) -> Tensor:
+    """Return a mask of rows as a mask of their elements."""
+    return rows[(..., *(None,) * event_dim)]
+
+
+def _compare(chain: Any, given: Tensor, rebuilt: Tensor, event_dim: int, exempt: Tensor) -> None:
     """Raise where the rebuilt input is not the given one: its gradients would be those of another point.
 
     An error counts relative to the size of its event; an event that is smaller than most counts like these.
@@ -157,7 +169,7 @@ def _compare(chain: Any, given: Tensor, rebuilt: Tensor, event_dim: int) -> None
         size = size.amax(tuple(range(-event_dim, 0)), keepdim=True)
     size = size.clamp_min(size.nanmedian()) if size.numel() else size
     error = (rebuilt - given).abs() / size.clamp_min(torch.finfo(given.dtype).tiny)
-    lost = ~(error <= tolerance) & ~(given.isnan() & rebuilt.isnan())
+    lost = ~(error <= tolerance) & ~(given.isnan() & rebuilt.isnan()) & ~_over_events(exempt, event_dim)
     if lost.any():
         raise ReconstructionError(
             f"Chain(recompute=True) with {len(chain)} parts rebuilt its input with an error of "
