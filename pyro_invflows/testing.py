@@ -50,12 +50,14 @@ def sample_domain(
 ) -> Tensor:
     """Draw points of a transform's domain: standard normal noise mapped onto it by ``biject_to``.
 
+    They are on the device of the transform's first parameter.
+
     Args:
         transform: Any transform.
         batch_shape: Shape of the batch.
         event_shape: Shape of one event; by default read off the transform (``trace_event`` or ``input_dim``).
         dtype: Default: that of the first parameter, else float64.
-        generator: Source of the draw; default torch's global one.
+        generator: Source of the draw; default torch's global one of the CPU.
 
     Raises:
         ValueError: if the event shape cannot be known.
@@ -72,10 +74,13 @@ def sample_domain(
             )
         axes = range(min(sizes, default=0), 0) if event_dim == 0 else range(-event_dim, 0)
         event_shape = [sizes.get(axis, 1) for axis in axes]
+    first = next(_parameters(transform), None)
     if dtype is None:
-        dtype = next((p.dtype for p in _parameters(transform)), torch.float64)
-    noise = torch.randn((*batch_shape, *event_shape), dtype=torch.float64, generator=generator)
-    return biject_to(transform.domain)(noise).to(dtype)
+        dtype = torch.float64 if first is None else first.dtype
+    # whatever the default device is
+    source = torch.device("cpu") if generator is None else generator.device
+    noise = torch.randn((*batch_shape, *event_shape), dtype=torch.float64, generator=generator, device=source)
+    return biject_to(transform.domain)(noise if first is None else noise.to(first.device)).to(dtype)
 
 
 def jacobian_log_det(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
@@ -188,7 +193,7 @@ def check_gradients(transform: Transform, x: Tensor) -> None:
     for way, start, run in (("log_prob", y, inv_and_ladj), ("rsample", x, call_and_ladj)):
         leaf = start.clone().requires_grad_()
         out, ladj = run(transform, leaf)
-        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).reshape(out.shape)
+        weights = torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype, device=out.device).reshape(out.shape)
         loss = (weights * out * out).sum() + ladj.sum()
         grads = torch.autograd.grad(loss, [leaf, *parameters], allow_unused=True)
         for name, grad in zip(names, grads, strict=True):

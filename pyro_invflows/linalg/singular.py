@@ -209,5 +209,5 @@ def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
 def _start(a: Tensor) -> Tensor:
     """Return a fixed pseudo-random vector."""
     generator = torch.Generator().manual_seed(20)
-    vector = torch.randn(a.shape[-1], generator=generator, dtype=torch.float64)
+    vector = torch.randn(a.shape[-1], generator=generator, dtype=torch.float64, device="cpu")  # as the generator
     return (vector / vector.norm()).to(dtype=a.dtype, device=a.device)
