@@ -293,7 +293,18 @@ def test_a_layer_for_events_larger_than_its_own():
         pf.Conditional(pf.shift(3), 2, event_dim=0)
 
 
-def test_layers_inside_torchs_wrappers_are_refused():
-    wrapped = torch.distributions.transforms.IndependentTransform(pf.baird(3), 1)
-    with pytest.raises(ValueError, match="torch's own wrappers"):
-        pf.Conditional(pf.Chain([pf.diagonal(3), wrapped]), 2)
+def test_layers_inside_torchs_wrappers_are_conditioned():
+    transforms = torch.distributions.transforms
+    layers = [pf.diagonal(3), pf.baird(3), pf.orthogonal(3)]
+    wrapped = transforms.ComposeTransform([layers[0], transforms.IndependentTransform(layers[1], 1), layers[2].inv])
+    plain = pf.Chain([layers[0], layers[1], pf.Inverted(layers[2])])
+    context, x = torch.randn(4, 2), torch.randn(4, 3)
+    results = []
+    for template in (pf.Chain(wrapped), plain):
+        torch.manual_seed(0)
+        layer = scatter(pf.Conditional(template, 2), 0.0)
+        with torch.no_grad():
+            layer.hypernet[-1].weight.normal_()
+        results.append(pf.call_and_ladj(layer.condition(context), x))
+    torch.testing.assert_close(*results)
+    assert not torch.allclose(results[0][0], plain(x))

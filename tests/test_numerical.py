@@ -119,7 +119,7 @@ def test_no_foreign_cache_answers():
 def test_leading_dimensions_and_empty_batches(layer):
     for batch in ((), (2, 3), (0,)):
         if batch == (0,) and isinstance(
-            layer.transform, (pyro_transforms.Polynomial, pyro_transforms.BlockAutoregressive)
+            layer.transform.transform, (pyro_transforms.Polynomial, pyro_transforms.BlockAutoregressive)
         ):
             continue  # their own view(..., -1) does not take empty batches
         x = torch.randn(*batch, 3, dtype=torch.float64)

@@ -1,88 +1,91 @@
 """The base class of every layer.
 
 A layer is a :class:`torch.distributions.Transform` **and** a :class:`torch.nn.Module`. Its author writes three
-hooks (:class:`Bijection`), or fewer with the classes of :mod:`pyro_invflows.core.kinds`; shapes, checks, copying and
-the memo that spares a second evaluation belong to the base class.
+hooks (:class:`Bijection`), or fewer with the classes of :mod:`pyro_invflows.core.kinds`; shapes, checks, copies and
+the memo (:mod:`pyro_invflows.core.memo`) belong to the base class.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
+import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.distributions.transforms import _InverseTransform
 
+from pyro_invflows.core import memo
 from pyro_invflows.core.events import event_constraint, negative_axis
+from pyro_invflows.core.memo import FORWARD, INVERSE
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.computed import compute_tensors
-from pyro_invflows.support.modes import in_functorch, is_any_autocast
+from pyro_invflows.support.modes import is_any_autocast
 
-__all__ = ["Bijection"]
-
-_FORWARD, _INVERSE = "forward", "inverse"
-
-
-class _Entry(NamedTuple):
-    """One remembered evaluation. Immutable: a thread sees a whole entry or none."""
-
-    x: Tensor
-    y: Tensor
-    aux: Any
-    direction: str
-    flags: tuple[Any, ...]
-    # Held as objects, not as ids: an id can be reused once its tensor is gone.
-    tensors: tuple[Tensor | None, ...]
-
-
-_optimiser_steps: int | None = None
-
-
-def _watch_optimisers() -> None:
-    """Count the steps of all optimisers from now on.
-
-    Fused ones, and several of Pyro's, change parameters without a new tensor version.
-    """
-    global _optimiser_steps
-    if _optimiser_steps is None:
-        _optimiser_steps = 0
-        register_optimizer_step_post_hook(_count_step)
-
-
-def _count_step(*_: Any) -> None:
-    global _optimiser_steps
-    _optimiser_steps += 1  # type: ignore[operator]
+__all__ = ["Bijection", "InverseView"]
 
 
 class Bijection(TransformModule):
     r"""An invertible layer: a torch ``Transform`` that is also an ``nn.Module``.
 
-    **Must define** (three hooks; ``aux`` is whatever makes the log-det cheap, or ``None``)::
+    **How to write one**: define the three hooks below, and check the layer with
+    :func:`~pyro_invflows.testing.check_bijection`. ``aux`` is whatever makes the log-det cheap (a scale, a slope, a
+    factorisation), or ``None``. Sampling alone never computes a log-det; a log-det after either direction never
+    evaluates a network again; an author never sees a missing aux.
+
+    **Must define**::
 
         def _forward_aux(self, x):  ...  # -> y, aux
         def _inverse_aux(self, y):  ...  # -> x, aux      the same aux, evaluated at x
-        def _log_det(self, x, y, aux):  ...  # -> log|det dy/dx|
+        def _log_det(self, x, y, aux):  ...  # -> log|det dy/dx|, of shape self.log_det_shape(x)
 
-    **May override**: ``domain``, ``codomain``, :meth:`_aux` (the aux when only x and y are known; default: the
-    forward's at x), :meth:`trace_event` where the event shape changes.
+    **May override**:
 
-    **Never override**: ``__call__``, ``forward``, ``_call``, ``_inverse``, ``_inv_call``,
-    ``log_abs_det_jacobian``, ``with_cache``, ``__getstate__``.
+    * ``domain``, ``codomain``: constraints, where they are not all real vectors; ``sign``, where it is known.
+    * ``bijective``, ``exact``: False where the layer is not one-to-one, or its log-det is an estimate or a bound.
+    * ``conditionable``, ``amortised``: whether, and which of, its own parameters a hypernetwork may set.
+    * :meth:`_aux`: the aux when only x and y are known; by default that of the forward pass at x.
+    * :meth:`_check`: further checks of an input; call ``super()._check(value, inverse)`` first.
+    * :meth:`trace_event`: where the event shape changes, or more is known about it than ``input_dim``.
+    * ``reset_parameters()``: restores the start, constants included; every layer with parameters has one.
+    * ``fit(data)``: sets what comes from data; returns self.
+    * ``extra_repr``, ``_apply``, ``_load_from_state_dict``, as in any module; call ``super()``.
+
+    An author may call :meth:`log_det_shape`, :meth:`check_event`, ``batch_shape``, ``forward_shape``,
+    ``inverse_shape``, and :func:`~pyro_invflows.core.events.sum_rightmost`.
+
+    **For structures only**, which are made of other layers: see :class:`~pyro_invflows.core.structure.Structure`. They
+    define :meth:`named_parts` and :meth:`leaves`, override ``batch_shape``, ``_shape`` and ``_copied_state``, and call
+    :meth:`evaluate` and :meth:`evaluate_inverse` of their parts. ``draws_forward`` and ``draws_inverse`` name the
+    directions in which a pass draws noise; ``opaque`` says that the memo cannot see all that the layer depends on;
+    ``label`` is the layer's name in error messages.
+
+    **Never override**: ``__call__``, ``forward``, ``_call``, ``_inverse``, ``_inv_call``, ``log_abs_det_jacobian``,
+    ``call_and_ladj``, ``inv_and_ladj``, ``with_cache``, ``__getstate__``.
+
+    ======================================  =============  ========================  ======================
+    method                                  checks         memo                      log-det
+    ======================================  =============  ========================  ======================
+    ``layer(x)``                            x              asked, then filled        no
+    ``layer.inv(y)``                        y              asked, then filled        no
+    ``log_abs_det_jacobian(x, y)``          x, on a miss   asked and used up         of the forward map
+    ``call_and_ladj(x)``                    x, on a miss   asked and used up         of the forward map
+    ``inv_and_ladj(y)``                     y, on a miss   asked and used up         of the inverse map
+    ``evaluate(x)``, ``evaluate_inverse``   x or y         no                        no, but its aux
+    hooks                                   no             no                        ``_log_det`` only
+    ======================================  =============  ========================  ======================
 
     A layer's tensors are its ``parameters()`` and ``buffers()``, always: the memo, recomputation and ``.to()``
     look nowhere else. Its mathematics broadcasts over leading batch dimensions of its own parameters, which is
     what lets :class:`~pyro_invflows.Conditional` amortise it.
 
-    **The memo.** torch and Pyro ask for ``t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)`` in separate calls, and
-    variational inference scores the sample it just drew. The last evaluation is therefore remembered and may
-    answer the opposite direction once, for the very same tensor object, while nothing it depends on has changed:
-    parameters, buffers, ``requires_grad``, modes, autocast, tensor versions, the steps of any optimiser. The log-det
-    uses it up; a sample that is never scored stays until the next call or ``clear_cache()``.
+    **The memo.** The last evaluation is remembered and may answer the opposite direction once, for the very same
+    tensor object, while nothing it depends on has changed: parameters, buffers, ``requires_grad``, modes, autocast,
+    tensor versions, the steps of any optimiser. The log-det uses it up; a sample that is never scored stays until the
+    next call or ``clear_cache()``.
 
     Apart from rounding (what half precision or a saturated activation lost) and from sub-networks that are random
     (dropout), no value depends on whether the memo was warm. What autograd can see does: ``t.inv(y)`` of a ``y`` that
@@ -101,17 +104,16 @@ class Bijection(TransformModule):
     bijective = True
     #: Whether the log-det is exact and repeatable (estimators and bounds say False).
     exact = True
-    # Directions in which a pass draws noise. There the memo never answers, or a density would depend on whether it was
-    # warm; it may still serve the log-det.
-    _draws_forward = False
-    _draws_inverse = False
-    # Whether nothing but the layer's own last sample can be inverted: then the entry is no cache but the only answer,
-    # so that it is kept whatever the cache size, and not used up.
-    _only_own_sample = False
     #: Whether a hypernetwork may set the layer's parameters (see Conditional).
     conditionable = True
     #: The layer's own parameters that it may set; None for all of them.
     amortised: tuple[str, ...] | None = None
+    #: Directions in which a pass draws noise. There the memo never answers, or a density would depend on whether it was
+    #: warm; it may still serve the log-det.
+    draws_forward = False
+    draws_inverse = False
+    #: Whether the layer depends on more than its parameters and buffers; then nothing is remembered.
+    opaque = False
     #: Event size along ``dim`` that is required of the input; None where any size will do.
     input_dim: int | None = None
     dim: int = -1
@@ -127,8 +129,9 @@ class Bijection(TransformModule):
         self.dim = negative_axis(dim, owner)
         if dim != -1:
             self.domain = self.codomain = event_constraint(-dim)
+        self._inv: Any = None
         self._batch_shape = torch.Size()
-        self._memo: _Entry | None = None
+        self._memo: memo.Entry | None = None
         self._kept: tuple[tuple[nn.Module, ...], tuple[nn.Module | None, ...]] | None = None
 
     # ------------------------------------------------------------------ must define
@@ -146,7 +149,21 @@ class Bijection(TransformModule):
 
     def _aux(self, x: Tensor, y: Tensor) -> Any:
         """Return the aux when only ``x`` and ``y`` are known."""
-        return self._evaluate(x)[1]
+        return self.evaluate(x)[1]
+
+    def _check(self, value: Tensor, inverse: bool) -> None:
+        """Refuse, at almost no cost, a value that cannot be an event of this layer."""
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            self._refuse_kind(value)
+        for own in (self._parameters, self._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and tensor.dtype != value.dtype and tensor.is_floating_point():
+                    self._refuse_dtype(value, name, tensor)
+        event_dim = (self.codomain if inverse else self.domain).event_dim
+        if event_dim and (
+            value.dim() < event_dim or (self.input_dim is not None and value.shape[self.dim] != self.input_dim)
+        ):
+            self.check_event(value.shape, inverse)
 
     def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
         """Follow known event sizes ``{negative axis: size}`` through the layer.
@@ -164,19 +181,20 @@ class Bijection(TransformModule):
                 )
         return sizes
 
-    def _leaves(self, inverse: bool) -> Iterator[tuple[Transform, bool]]:
-        """Yield the layers that a structure is made of, in the order of a pass, each with its own direction."""
-        yield self, inverse
-
-    # ------------------------------------------------------------------ shapes and checks
+    # ------------------------------------------------------------------ shapes
 
     @property
     def batch_shape(self) -> torch.Size:
         """Batch shape of the layer's own parameters: ``()``, or that of the context it was conditioned on."""
         return self._batch_shape
 
-    def _event_shape(self, shape: torch.Size, event_dim: int, inverse: bool) -> tuple[int, ...]:
-        """Check the event part of ``shape`` and return the event shape on the other side."""
+    def check_event(self, shape: torch.Size, inverse: bool) -> tuple[int, ...]:
+        """Check the event part of an input's ``shape`` and return the event shape of the output.
+
+        Raises:
+            ValueError: if there are too few dimensions, or one has another size than the layer needs.
+        """
+        event_dim = (self.codomain if inverse else self.domain).event_dim
         if len(shape) < event_dim:
             raise ValueError(
                 f"{type(self).__name__} works on events with {event_dim} dimension(s), but got the shape "
@@ -192,8 +210,8 @@ class Bijection(TransformModule):
         return tuple(sizes[i] for i in range(-other, 0))
 
     def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        event = self.check_event(shape, inverse)
         event_dim = (self.codomain if inverse else self.domain).event_dim
-        event = self._event_shape(shape, event_dim, inverse)
         batch, own = shape[: len(shape) - event_dim], self.batch_shape
         return torch.Size((torch.broadcast_shapes(batch, own) if own else batch) + event)
 
@@ -205,24 +223,36 @@ class Bijection(TransformModule):
         """Return the shape of ``self.inv(y)`` for y of ``shape``; raises ``ValueError`` on a wrong event size."""
         return self._shape(shape, inverse=True)
 
-    def _log_det_shape(self, x: Tensor) -> torch.Size:
+    def log_det_shape(self, x: Tensor) -> torch.Size:
         """Return the broadcast of the batch shapes of the input and of the parameters."""
         batch = x.shape[: x.dim() - self.domain.event_dim]
         return torch.broadcast_shapes(batch, self.batch_shape) if self.batch_shape else batch
 
-    def _check(self, value: Tensor, inverse: bool) -> None:
-        """Refuse, at almost no cost, a value that cannot be an event of this layer."""
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
-            self._refuse_kind(value)
-        for own in (self._parameters, self._buffers):
-            for name, tensor in own.items():
-                if tensor is not None and tensor.dtype != value.dtype and tensor.is_floating_point():
-                    self._refuse_dtype(value, name, tensor)
-        event_dim = (self.codomain if inverse else self.domain).event_dim
-        if event_dim and (
-            value.dim() < event_dim or (self.input_dim is not None and value.shape[self.dim] != self.input_dim)
-        ):
-            self._event_shape(value.shape, event_dim, inverse)
+    # ------------------------------------------------------------------ for structures
+
+    def named_parts(self) -> Iterator[tuple[str, Bijection, int]]:
+        """Yield the layers that a structure is made of: attribute, layer, and its extra dimensions.
+
+        These count as event dimensions to the whole and as batch dimensions to the part.
+        """
+        return iter(())
+
+    def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
+        """Yield the layers at the bottom of a structure, in the order of a pass, each with its own direction."""
+        yield self, inverse
+
+    @property
+    def label(self) -> str:
+        """The layer's name in error messages."""
+        return type(self).__name__
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return y and aux, checked, without a look at the memo."""
+        return self._run(self._forward_aux, x, inverse=False)
+
+    def evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Any]:
+        """Return x and aux, checked, without a look at the memo."""
+        return self._run(self._inverse_aux, y, inverse=True)
 
     def _refuse_kind(self, value: Any) -> NoReturn:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -273,14 +303,6 @@ class Bijection(TransformModule):
             raise TypeError(f"{type(self).__name__}.{name}, with aux None where there is none.")
         return result
 
-    def _evaluate(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Return y and aux, checked, without looking at the memo."""
-        return self._run(self._forward_aux, x, inverse=False)
-
-    def _evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Any]:
-        """Return x and aux, checked, without looking at the memo."""
-        return self._run(self._inverse_aux, y, inverse=True)
-
     # ------------------------------------------------------------------ never override
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -288,146 +310,69 @@ class Bijection(TransformModule):
         return super(Transform, self).__call__(x)  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
-        entry = self._memo
-        if (
-            entry is not None
-            and entry.direction == _INVERSE
-            and entry.x is x
-            and not self._draws_forward
-            and self._is_fresh(entry)
-        ):
+        entry = memo.recall(self, x, FORWARD)
+        if entry is not None:
             return entry.y
-        y, aux = self._evaluate(x)
-        self._remember(x, y, aux, _FORWARD)
+        y, aux = self.evaluate(x)
+        memo.remember(self, x, y, aux, FORWARD, answers=not self.draws_inverse)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        entry = self._memo
-        if (
-            entry is not None
-            and entry.direction == _FORWARD
-            and entry.y is y
-            and not self._draws_inverse
-            and self._is_fresh(entry)
-        ):
+        entry = memo.recall(self, y, INVERSE)
+        if entry is not None:
             return entry.x
-        x, aux = self._evaluate_inverse(y)
-        self._remember(x, y, aux, _INVERSE)
+        x, aux = self.evaluate_inverse(y)
+        memo.remember(self, x, y, aux, INVERSE, answers=not self.draws_forward)
         return x
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._evaluate(x)[0]
+        return self.evaluate(x)[0]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._evaluate_inverse(y)[0]
+        return self.evaluate_inverse(y)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``log|det dy/dx|``, of the broadcast of the batch shapes of the input and the parameters."""
-        entry = self._memo
-        if entry is not None and entry.x is x and entry.y is y and self._is_fresh(entry):
-            self._use_up()
+        entry = memo.recall_pair(self, x, y)
+        if entry is not None:
+            self._memo = None
             return self._log_det(x, y, entry.aux)
         self._check(x, inverse=False)
         if self._forward_pre_hooks:
             compute_tensors(self)
         return self._log_det(x, y, self._aux(x, y))
 
-    def _call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, aux = self._take(x, _INVERSE) or self._evaluate(x)
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``y`` and ``log|det dy/dx|`` in one pass."""
+        entry = memo.recall(self, x, FORWARD)
+        if entry is None:
+            y, aux = self.evaluate(x)
+        else:
+            self._memo, y, aux = None, entry.y, entry.aux
         return y, self._log_det(x, y, aux)
 
-    def _inv_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, aux = self._take(y, _FORWARD) or self._evaluate_inverse(y)
+    def inv_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x`` and ``log|det dx/dy|`` in one pass."""
+        entry = memo.recall(self, y, INVERSE)
+        if entry is None:
+            x, aux = self.evaluate_inverse(y)
+        else:
+            self._memo, x, aux = None, entry.x, entry.aux
         return x, -self._log_det(x, y, aux)
 
-    # ------------------------------------------------------------------ the memo
-
-    def _take(self, value: Tensor, direction: str) -> tuple[Tensor, Any] | None:
-        """Use up the entry that the other direction left for ``value``, if there is one."""
-        if torch.compiler.is_compiling():
-            return None
-        entry = self._memo
-        if entry is None or entry.direction != direction:
-            return None
-        if self._draws_inverse if direction == _FORWARD else self._draws_forward:
-            return None
-        asked, answer = (entry.y, entry.x) if direction == _FORWARD else (entry.x, entry.y)
-        if asked is not value or not self._is_fresh(entry):
-            return None
-        self._use_up()
-        return answer, entry.aux
-
-    def _use_up(self) -> None:
-        if not self._only_own_sample:
-            self._memo = None
-
-    def _remember(self, x: Tensor, y: Tensor, aux: Any, direction: str) -> None:
-        if torch.compiler.is_compiling():  # asked first, before a tensor or an attribute is touched
-            return
-        if (self._cache_size == 0 and not self._only_own_sample) or in_functorch():
-            return
-        _watch_optimisers()
-        stamp = self._stamp(x, y)
-        self._memo = None if stamp is None else _Entry(x, y, aux, direction, *stamp)
-
-    def _is_fresh(self, entry: _Entry) -> bool:
-        if torch.compiler.is_compiling() or in_functorch():
-            return False
-        if (entry.y if entry.direction == _FORWARD else entry.x).retains_grad:
-            return False  # the caller wants the gradient of what it asks about, which the answer's graph bypasses
-        stamp = self._stamp(entry.x, entry.y)
-        if (
-            stamp is not None
-            and stamp[0] == entry.flags
-            and len(stamp[1]) == len(entry.tensors)
-            and all(map(operator.is_, stamp[1], entry.tensors))
-        ):
-            return True
-        self._memo = None
-        return False
-
-    def _stamp(self, x: Tensor, y: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None:
-        """Return everything an evaluation depends on besides its input, or None where it cannot be known."""
-        kept = self._kept
-        if kept is None:
-            # Walking parameters() costs several times more than reading the dicts of a kept list of modules.
-            # Not the layer itself: a cycle would keep every conditioned copy alive until the garbage collector runs.
-            modules = tuple(self.modules())
-            kept = self._kept = modules[1:], tuple(child for m in modules for child in m._modules.values())
-        tensors: list[Tensor | None] = self._foreign_tensors()
-        children: list[nn.Module | None] = []
-        flags: list[Any] = [torch.is_grad_enabled(), _optimiser_steps]
-        if is_any_autocast():
-            flags.append(None if x.is_meta else torch.get_autocast_dtype(x.device.type))
-        for module in (self, *kept[0]):
-            attributes = module.__dict__
-            flags.append(attributes["training"])
-            tensors += attributes["_parameters"].values()
-            tensors += attributes["_buffers"].values()
-            if attributes["_modules"]:
-                children += attributes["_modules"].values()
-            if attributes.get("_pyro_samples"):  # a Bayesian module draws its parameters anew
-                return None
-        if len(children) != len(kept[1]) or not all(map(operator.is_, children, kept[1])):
-            self._kept = None  # a module was exchanged: list them again
-            return self._stamp(x, y)
-        try:
-            flags += x._version, x.requires_grad, y._version, y.requires_grad
-            for tensor in tensors:
-                if tensor is not None:  # .half() and other swaps of the data bump no version
-                    flags += tensor._version, tensor.requires_grad, tensor.data_ptr()
-        except RuntimeError:  # inference tensors have no version
-            return None
-        return tuple(flags), tuple(tensors)
-
-    def _foreign_tensors(self) -> list[Tensor | None]:
-        """Return the tensors of transforms inside that are no modules."""
-        return []
+    @property
+    def inv(self) -> Transform:
+        """The inverse, as a transform that is not a module; :class:`~pyro_invflows.Inverted` is one."""
+        known: Any = self._inv  # a weak reference: no cycle keeps a conditioned layer and its graph alive
+        view = None if known is None else known()
+        if view is None:
+            view = InverseView(self)
+            self._inv = weakref.ref(view)
+        return view
 
     def clear_cache(self) -> None:
         """Forget the last evaluation."""
-        self._memo = None
-        self._kept = None
+        self._memo = self._kept = None
 
     def with_cache(self, cache_size: int = 1) -> Bijection:
         """Return a shallow copy with the given cache size; parameters and modules are shared."""
@@ -439,20 +384,22 @@ class Bijection(TransformModule):
         new._cache_size = cache_size
         return new
 
+    def _copied_state(self) -> dict[str, Any]:
+        """Return the attributes that a copy takes over."""
+        return self.__dict__ | {"_inv": None, "_memo": None, "_kept": None}
+
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_inv"] = state["_memo"] = state["_kept"] = None
-        return state
+        return self._copied_state()
 
     # Written out: torch.nn.utils.parametrize makes the __getstate__ of the modules that it changes refuse.
     def __copy__(self) -> Bijection:
         new = type(self).__new__(type(self))
-        new.__dict__.update(Bijection.__getstate__(self))
+        new.__dict__.update(self._copied_state())
         return new
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Bijection:
-        new = memo[id(self)] = type(self).__new__(type(self))
-        new.__dict__.update(copy.deepcopy(Bijection.__getstate__(self), memo))
+    def __deepcopy__(self, known: dict[int, Any]) -> Bijection:
+        new = known[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self._copied_state(), known))
         return new
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bijection:
@@ -467,3 +414,21 @@ class Bijection(TransformModule):
         if self.dim != -1:
             parts.append(f"dim={self.dim}")
         return ", ".join(parts)
+
+
+class InverseView(_InverseTransform):
+    """What ``layer.inv`` is: torch's inverse transform, with the two one-pass methods."""
+
+    _inv: Any
+
+    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``x`` and ``log|det dx/dy|`` in one pass."""
+        return self._inv.inv_and_ladj(y)
+
+    def inv_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``y`` and ``log|det dy/dx|`` in one pass."""
+        return self._inv.call_and_ladj(x)
+
+    def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
+        """Yield the layers at the bottom, as :meth:`Bijection.leaves`."""
+        return self._inv.leaves(not inverse)

@@ -10,31 +10,21 @@ import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
-from torch.distributions.transforms import _InverseTransform
 
 from pyro_invflows.core import latents as noise
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.events import is_constant, sum_rightmost
-from pyro_invflows.core.foreign import hidden_tensors, inner_modules, may_hide_tensors, uncached
-from pyro_invflows.core.inverted import Inverted
+from pyro_invflows.core.events import event_dims, is_constant, sum_rightmost
+from pyro_invflows.core.foreign import as_bijection, stands_for
 from pyro_invflows.core.kinds import Elementwise, VolumePreserving
-from pyro_invflows.core.parts import _clear, _evaluate, _evaluate_inverse, _log_det, _trace
 from pyro_invflows.core.recompute import recompute
+from pyro_invflows.core.structure import Structure, evaluate_part
 from pyro_invflows.support.checks import described
 from pyro_invflows.support.modes import in_functorch, is_any_autocast
 
 __all__ = ["Chain", "stack"]
 
 
-def _adds_nothing(part: Transform, x: Tensor, extra: int, total: Tensor | None) -> bool:
-    """Whether a part's log-det is zeros that would not even broadcast the sum so far."""
-    if total is None or not isinstance(part, VolumePreserving):
-        return False
-    shape = part._log_det_shape(x)
-    return total.shape == shape[: len(shape) - extra]
-
-
-class Chain(Bijection, nn.ModuleList):
+class Chain(Structure, nn.ModuleList):
     """Applies layers from left to right, as one layer.
 
     The parts may be ours or foreign transforms, modules or not; composes and chains inside are flattened. Each
@@ -72,44 +62,43 @@ class Chain(Bijection, nn.ModuleList):
     def __init__(self, parts: Iterable[Transform] = (), *, recompute: bool = False, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         self.recompute = bool(recompute)
-        self._foreign: dict[int, Transform] = {}
         for i, part in enumerate(_flatten(parts)):
-            if isinstance(part, nn.Module):
-                self.add_module(str(i), part)
-            else:
-                self._foreign[i] = uncached(part)
-                for j, module in enumerate(inner_modules(part)):
-                    self.add_module(f"inner_{i}_{j}", module)
-        self._length = i + 1 if (self._modules or self._foreign) else 0
-        self._hiding = [i for i, part in enumerate(self.parts) if may_hide_tensors(part)]
-        self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
-        # A compose knows how event dimensions add up.
-        compose = ComposeTransform(list(self.parts))
-        self._domain = compose.domain if is_constant(compose.domain) else None
-        self._codomain = compose.codomain if is_constant(compose.codomain) else None
+            self.add_module(str(i), part)
+        own = self.parts
+        #: Event dimensions of the whole in front of each part, and behind the last.
+        self._event_dims = event_dims(own)
+        self._domain = self._codomain = None
+        domain, codomain = self.domain, self.codomain
+        self._domain = domain if is_constant(domain) else None
+        self._codomain = codomain if is_constant(codomain) else None
+        self.dim = -max(self._event_dims[0], 1)
+        self.settle()
         self._bounded = any(
             isinstance(leaf, Elementwise) and not inverse and leaf.codomain is not constraints.real
-            for leaf, inverse in self._leaves(inverse=False)
+            for leaf, inverse in self.leaves()
         )
         self.trace_event({})
         if self.recompute:
-            for part in self.parts:
-                if not part.bijective or not getattr(part, "exact", True):
+            for part in own:
+                if not part.bijective or not part.exact:
                     raise ValueError(
-                        f"Chain(recompute=True) rebuilds activations by inversion, which {type(part).__name__} does "
-                        "not allow: it changes the dimension or has no exact log-det. Put it outside."
+                        f"Chain(recompute=True) rebuilds activations by inversion, which {part.label} does not allow: "
+                        "it changes the dimension or has no exact log-det. Put it outside."
                     )
 
     # ------------------------------------------------------------------ a read-only list of parts
 
     @property
-    def parts(self) -> tuple[Transform, ...]:
+    def parts(self) -> tuple[Bijection, ...]:
         """The parts, first one first."""
-        modules, foreign = self._modules, self._foreign
-        return tuple(foreign[i] if i in foreign else modules[str(i)] for i in range(self._length))  # type: ignore[misc]
+        return tuple(self._modules.values())  # type: ignore[arg-type]
+
+    def named_parts(self) -> Iterator[tuple[str, Bijection, int]]:
+        for name, part, event_dim in zip(self._modules, self.parts, self._event_dims, strict=False):
+            yield name, part, event_dim - part.domain.event_dim
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._modules)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.parts)
@@ -134,23 +123,21 @@ class Chain(Bijection, nn.ModuleList):
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return ComposeTransform(list(self.parts)).domain if self._domain is None else self._domain
+        if self._domain is not None:
+            return self._domain
+        return _widen(self[0].domain, self._event_dims[0]) if len(self) else constraints.real
 
     @property
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return ComposeTransform(list(self.parts)).codomain if self._codomain is None else self._codomain
+        if self._codomain is not None:
+            return self._codomain
+        return _widen(self[-1].codomain, self._event_dims[-1]) if len(self) else constraints.real
 
     @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return all(part.bijective for part in self.parts)
-
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        return noise.is_exact(self)
-
-    def _leaves(self, inverse: bool) -> Iterator[tuple[Transform, bool]]:
-        for part in reversed(self.parts) if inverse else self.parts:
-            yield from noise.leaves(part, inverse)
+    def input_dim(self) -> int | None:  # type: ignore[override]
+        """Event size along ``dim`` that the parts require of the input; None where any size will do."""
+        # what is known behind the chain, and with that all that can be known in front of it
+        return self.trace_event(self.trace_event({}), inverse=True).get(self.dim)
 
     @property
     def sign(self) -> Any:
@@ -159,35 +146,25 @@ class Chain(Bijection, nn.ModuleList):
             sign = sign * part.sign
         return sign
 
-    @property
-    def batch_shape(self) -> torch.Size:
-        event_dim = self.domain.event_dim
-        shapes = []
-        for part in self.parts:
-            shape = getattr(part, "batch_shape", torch.Size())
-            shapes.append(shape[: max(len(shape) - (event_dim - part.domain.event_dim), 0)])
-            event_dim += part.codomain.event_dim - part.domain.event_dim
-        return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
-
     def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
         sizes = dict(sizes)
         previous = None
-        event_dim = (self.codomain if inverse else self.domain).event_dim
-        for i, part in reversed(list(enumerate(self.parts))) if inverse else enumerate(self.parts):
+        # the event dimensions behind each part, in the direction of the walk
+        behind = self._event_dims[:-1] if inverse else self._event_dims[1:]
+        steps = list(zip(range(len(self)), self.parts, behind, strict=True))
+        for i, part, event_dim in reversed(steps) if inverse else steps:
             try:
-                sizes = _trace(part, sizes, inverse)
+                sizes = part.trace_event(sizes, inverse)
             except (ValueError, RuntimeError) as error:
-                where = "the input" if previous is None else f"part {previous} ({type(self.parts[previous]).__name__})"
-                raise ValueError(f"Chain: part {i} ({type(part).__name__}) does not fit {where}: {error}") from error
-            change = part.codomain.event_dim - part.domain.event_dim
-            event_dim += -change if inverse else change
+                where = "the input" if previous is None else f"part {previous} ({self.parts[previous].label})"
+                raise ValueError(f"Chain: part {i} ({part.label}) does not fit {where}: {error}") from error
             sizes = {axis: n for axis, n in sizes.items() if axis >= -event_dim}
             previous = i
         return sizes
 
     def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
         for part in reversed(self.parts) if inverse else self.parts:
-            shape = part.inverse_shape(shape) if inverse else part.forward_shape(shape)
+            shape = part._shape(shape, inverse)
         return torch.Size(shape)
 
     def _check(self, value: Tensor, inverse: bool) -> None:
@@ -196,7 +173,7 @@ class Chain(Bijection, nn.ModuleList):
         # each part checks its own input; only what no part sees is left
         event_dim = (self.codomain if inverse else self.domain).event_dim
         if value.dim() < event_dim:
-            self._event_shape(value.shape, event_dim, inverse)
+            self.check_event(value.shape, inverse)
 
     # ------------------------------------------------------------------ noise
 
@@ -231,8 +208,8 @@ class Chain(Bijection, nn.ModuleList):
     def _walk(self, x: Tensor) -> tuple[Tensor, Any]:
         steps = []
         for part in self.parts:
-            y, aux = _evaluate(part, x)
-            steps.append((part, x, y, aux))
+            y, aux = evaluate_part(part, x)
+            steps.append((x, y, aux))
             x = y
         return x, steps
 
@@ -242,24 +219,24 @@ class Chain(Bijection, nn.ModuleList):
             return rebuilt
         steps = []
         for part in reversed(self.parts):
-            x, aux = _evaluate_inverse(part, y)
-            steps.append((part, x, y, aux))
+            x, aux = part.evaluate_inverse(y)
+            steps.append((x, y, aux))
             y = x
         return y, steps[::-1]
 
     def _aux(self, x: Tensor, y: Tensor) -> Any:
         # What lies between is rebuilt by the direction that draws nothing, or it would be of another sample.
-        if not self._draws_forward:
-            if not self._bounded or self._draws_inverse or self._only_own_sample:
-                return self._evaluate(x)[1]
+        if not self.draws_forward:
+            if not self._bounded or self.draws_inverse or self.only_own_sample:
+                return super()._aux(x, y)
             # Seen from x, every point on the way is within reach; only the way back from y tells whether y is. Where it
             # is not, x stands for a border that recomputation could not find again.
             with torch.no_grad():
-                back, steps = self._evaluate_inverse(y)
+                back, steps = self.evaluate_inverse(y)
                 unreachable = self._log_det(back, y, steps) == math.inf
             return self._log_det(x, y, self._walk(x)[1]).masked_fill(unreachable, math.inf)
-        if not (self._draws_inverse or self._only_own_sample):
-            return self._evaluate_inverse(y)[1]
+        if not (self.draws_inverse or self.only_own_sample):
+            return self.evaluate_inverse(y)[1]
         raise ValueError(
             "Chain: the log-det of a chain that both injects and drops noise is known only for the last point that it "
             "sampled or inverted: what was dropped is not in y, what was injected not in x. Use call_and_ladj, "
@@ -270,32 +247,21 @@ class Chain(Bijection, nn.ModuleList):
         if isinstance(aux, Tensor):  # it is known already
             return aux
         total: Tensor | None = None
-        event_dim = self.domain.event_dim
-        for part, part_x, part_y, part_aux in aux:
-            extra = event_dim - part.domain.event_dim
+        for (_, part, extra), (part_x, part_y, part_aux) in zip(self.named_parts(), aux, strict=True):
             if not _adds_nothing(part, part_x, extra, total):
-                term = sum_rightmost(_log_det(part, part_x, part_y, part_aux), extra)
+                term = sum_rightmost(part._log_det(part_x, part_y, part_aux), extra)
                 total = term if total is None else total + term
-            event_dim += part.codomain.event_dim - part.domain.event_dim
         return torch.zeros_like(x) if total is None else total
 
     def _recomputes(self) -> bool:
         return (
             self.recompute
+            and not self.opaque
             and not torch.compiler.is_compiling()
             and torch.is_grad_enabled()
             and not is_any_autocast()
             and not in_functorch()
         )
-
-    def _foreign_tensors(self) -> list[Tensor | None]:
-        parts = self.parts if self._hiding else ()
-        return [tensor for i in self._hiding for tensor in hidden_tensors(parts[i])]
-
-    def clear_cache(self) -> None:
-        super().clear_cache()
-        for part in self.parts:
-            _clear(part)
 
     def __repr__(self) -> str:
         lines = [f"  ({i}): " + repr(part).replace("\n", "\n  ") for i, part in enumerate(self.parts)]
@@ -303,20 +269,35 @@ class Chain(Bijection, nn.ModuleList):
         return "Chain(" + "".join(f"\n{line}" for line in extra + lines) + ("\n)" if extra + lines else ")")
 
 
-def _flatten(parts: Iterable[Transform]) -> Iterator[Transform]:
+stands_for(ComposeTransform, lambda transform: Chain(transform.parts))
+
+
+def _widen(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:
+    """Return a constraint on events with more dimensions."""
+    extra = event_dim - constraint.event_dim
+    return constraints.independent(constraint, extra) if extra else constraint
+
+
+def _adds_nothing(part: Bijection, x: Tensor, extra: int, total: Tensor | None) -> bool:
+    """Whether a part's log-det is zeros that would not even broadcast the sum so far."""
+    if total is None or not isinstance(part, VolumePreserving):
+        return False
+    shape = part.log_det_shape(x)
+    return total.shape == shape[: len(shape) - extra]
+
+
+def _flatten(parts: Iterable[Transform]) -> Iterator[Bijection]:
+    """Yield the parts as layers; chains inside are dissolved, but for those that recompute."""
     if isinstance(parts, Transform) and not isinstance(parts, (Chain, ComposeTransform)):
         raise TypeError("Chain needs a list of transforms, not a single one; write Chain([transform]).")
     if not isinstance(parts, (Iterable, ComposeTransform)):
         raise TypeError(f"Chain: expected a list of transforms, got {described(parts)}")
     for part in parts.parts if isinstance(parts, ComposeTransform) else parts:
-        if not isinstance(part, Transform):
-            raise TypeError(f"Chain: expected a transform, got {described(part)}")
-        if isinstance(part, ComposeTransform) or (isinstance(part, Chain) and not part.recompute):
-            yield from _flatten(part.parts)
-        elif isinstance(part, _InverseTransform) and inner_modules(part):
-            yield Inverted(part.inv)
+        layer = as_bijection(part, owner="Chain")
+        if isinstance(layer, Chain) and not layer.recompute:
+            yield from layer.parts
         else:
-            yield part
+            yield layer
 
 
 def stack(repeats: int, factory: Callable[..., Transform], *args: Any, **kwargs: Any) -> Chain:

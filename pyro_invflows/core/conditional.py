@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.kinds import Elementwise
-from pyro_invflows.core.rebind import inner_layers, rebind
+from pyro_invflows.core.kinds import ContextLayer, Elementwise
+from pyro_invflows.core.rebind import rebind
 from pyro_invflows.networks import dense_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.support.checks import described, positive_int
@@ -91,13 +91,6 @@ class Conditional(nn.Module):
                 f"at least that, but got {event_dim}."
             )
         self._extra = 0 if event_dim is None else event_dim - own_event_dim
-        for layer in template.modules():
-            hidden = [child for name, child in layer._modules.items() if name.startswith("inner_")]
-            if isinstance(layer, Bijection) and any(list(child.parameters()) for child in hidden if child is not None):
-                raise ValueError(
-                    "Conditional cannot exchange the parameters of a layer inside torch's own wrappers "
-                    "(IndependentTransform, ...); put the layer itself into the Chain."
-                )
         for name, width in _contexts(template):
             if width != context_dim:
                 raise ValueError(
@@ -163,7 +156,7 @@ class Conditional(nn.Module):
             _refuse_computed(layer)
             for name, own_shape in self._shapes[prefix].items():
                 values[prefix + name] = getattr(layer, name) + next(pieces).reshape(shape + own_shape)
-            if getattr(layer, "context_dim", 0):
+            if isinstance(layer, ContextLayer) and layer.context_dim:
                 values[f"{prefix}context"] = context.reshape((*shape, self.context_dim)) if extra else context
         return rebind(self.template, values, batch_shapes)
 
@@ -191,13 +184,9 @@ def _layers(layer: Bijection, extra: int = 0, prefix: str = "") -> Iterator[tupl
     Each comes with its path and the number of event dimensions of the whole that its parameters do not line up with.
     """
     yield prefix, layer, extra
-    inner = inner_layers(layer)
-    parts = enumerate(layer.parts) if hasattr(layer, "parts") else inner.items()
-    event_dim = _event_dim(layer) + extra
-    for name, part in parts:
-        if str(name) in inner:
-            yield from _layers(part, event_dim - _event_dim(part), f"{prefix}{name}.")
-        event_dim += part.codomain.event_dim - part.domain.event_dim
+    for name, part, batch_dims in layer.named_parts():
+        unseen = extra + batch_dims + part.domain.event_dim - _event_dim(part)
+        yield from _layers(part, unseen, f"{prefix}{name}.")
 
 
 def _parameters_of(layer: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
@@ -222,5 +211,5 @@ def _refuse_computed(layer: Bijection) -> None:
 def _contexts(template: Bijection) -> Iterator[tuple[str, int]]:
     """Return the names under which layers take the context itself, with the width they were built for."""
     for prefix, layer, _ in _layers(template):
-        if getattr(layer, "context_dim", 0):
+        if isinstance(layer, ContextLayer) and layer.context_dim:
             yield f"{prefix}context", layer.context_dim

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Transform, constraints
 
-__all__ = ["event_constraint", "is_constant", "negative_axis", "out_of_reach", "sum_rightmost"]
+__all__ = ["event_constraint", "event_dims", "is_constant", "negative_axis", "out_of_reach", "sum_rightmost"]
 
 _REAL_EVENTS: dict[int, constraints.Constraint] = {n: constraints.independent(constraints.real, n) for n in range(1, 5)}
 _REAL_EVENTS[0] = constraints.real
@@ -62,3 +64,16 @@ def out_of_reach(y: Tensor, codomain: constraints.Constraint) -> Tensor | None:
         return y < lower - slack * abs(lower)
     slack = slack * (upper - lower) / 2
     return (y < lower - slack) | (y > upper + slack)
+
+
+def event_dims(parts: Sequence[Transform]) -> list[int]:
+    """Count the event dimensions of a whole in front of each of its parts, and behind the last.
+
+    The fewest with which no part has more than the whole. The difference to a part's own is what counts as batch
+    dimensions to the part and as event dimensions to the whole: over these its log-det is summed.
+    """
+    changes = [part.codomain.event_dim - part.domain.event_dim for part in parts]
+    gained = list(accumulate(changes, initial=0))
+    needed = [part.domain.event_dim - before for part, before in zip(parts, gained, strict=False)]
+    first = max([0, *needed])
+    return [first + before for before in gained]

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform, kl_divergence, register_kl
 from torch.distributions import TransformedDistribution as Transformed
 
-from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.events import sum_rightmost
-from pyro_invflows.core.foreign import inner_modules
-from pyro_invflows.core.latents import NoiseInjection, leaves, noise_flags
-from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
+from pyro_invflows.core.bijection import Bijection, InverseView
+from pyro_invflows.core.events import event_dims, sum_rightmost
+from pyro_invflows.core.latents import NoiseInjection, noise_flags
+from pyro_invflows.core.one_pass import with_one_pass
 from pyro_invflows.support.checks import positive_int
 
 __all__ = ["FlowDistribution"]
@@ -61,30 +60,24 @@ class FlowDistribution(TransformedDistribution):
         if self._validate_args:
             self._validate_sample(value)
         positive_int(num_particles, "num_particles", "log_prob")
-        if num_particles > 1 and any(noise_flags(transform).only_own_sample for transform in self.transforms):
+        if num_particles == 1:
+            return self._score(value)
+        flags = [noise_flags(layer) for layer in self._layers()]
+        if any(flag.only_own_sample for flag in flags):
             raise ValueError(
                 'log_prob: Slice(score="sample") knows one value of what it dropped, so num_particles must be 1.'
             )
-        draws, estimates = any(map(_draws_to_score, self.transforms)), any(map(_estimates, self.transforms))
-        if num_particles > 1 and (draws or estimates):
-            if draws and estimates:
-                raise ValueError(
-                    "log_prob: a Slice needs the log-mean-exp of its particles, an estimated log-det their mean; with "
-                    "both, num_particles must be 1. Take logdet.Exact() for the bound."
-                )
-            shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
-            scores = self._score(value.expand(num_particles, *shape))
-            return scores.logsumexp(0) - math.log(num_particles) if draws else scores.mean(0)
-        return self._score(value)
-
-    def _score(self, value: Tensor) -> Tensor:
-        event_dim = len(self.event_shape)
-        total: Tensor | float = 0.0
-        for transform in reversed(self.transforms):
-            value, ladj = inv_and_ladj(transform, value)
-            total = total + sum_rightmost(ladj, event_dim - transform.codomain.event_dim)
-            event_dim += transform.domain.event_dim - transform.codomain.event_dim
-        return total + sum_rightmost(_log_prob(self.base_dist, value), event_dim - len(self.base_dist.event_shape))
+        draws, estimates = any(flag.draws_inverse for flag in flags), any(map(_estimates, self._layers()))
+        if draws and estimates:
+            raise ValueError(
+                "log_prob: a Slice needs the log-mean-exp of its particles, an estimated log-det their mean; with "
+                "both, num_particles must be 1. Take logdet.Exact() for the bound."
+            )
+        if not (draws or estimates):
+            return self._score(value)
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
+        scores = self._score(value.expand(num_particles, *shape))
+        return scores.logsumexp(0) - math.log(num_particles) if draws else scores.mean(0)
 
     def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer.
@@ -92,17 +85,15 @@ class FlowDistribution(TransformedDistribution):
         With ``Slice(score="data")`` the score draws afresh, as :meth:`log_prob` does.
         """
         shape = _checked(sample_shape, "rsample_and_log_prob")
-        if any(map(_draws_to_score, self.transforms)):
+        if any(noise_flags(layer).draws_inverse for layer in self._layers()):
             value = self.rsample(shape)
             return value, self._score(value)
         value = self.base_dist.rsample(shape)
-        total = _log_prob(self.base_dist, value)
-        event_dim = self._base_event_dim()
-        total = sum_rightmost(total, event_dim - len(self.base_dist.event_shape))
-        for transform in self.transforms:
-            value, ladj = call_and_ladj(transform, value)
-            total = total - sum_rightmost(ladj, event_dim - transform.domain.event_dim)
-            event_dim += transform.codomain.event_dim - transform.domain.event_dim
+        steps, extra = self._steps()
+        total = sum_rightmost(_log_prob(self.base_dist, value), extra)
+        for layer, extra in steps:
+            value, ladj = layer.call_and_ladj(value)
+            total = total - sum_rightmost(ladj, extra)
         return value, total
 
     def modules(self) -> Iterator[nn.Module]:
@@ -117,12 +108,27 @@ class FlowDistribution(TransformedDistribution):
         """
         return nn.ModuleList(_modules(self)).parameters()
 
-    def _base_event_dim(self) -> int:
-        """Event dimensions of the whole, counted on the base's side."""
-        event_dim = len(self.event_shape)
-        for transform in reversed(self.transforms):
-            event_dim += transform.domain.event_dim - transform.codomain.event_dim
-        return event_dim
+    def _score(self, value: Tensor) -> Tensor:
+        total: Tensor | float = 0.0
+        steps, base_extra = self._steps()
+        for layer, extra in reversed(steps):
+            value, ladj = layer.inv_and_ladj(value)
+            total = total + sum_rightmost(ladj, extra)
+        return total + sum_rightmost(_log_prob(self.base_dist, value), base_extra)
+
+    def _layers(self) -> list[Bijection | InverseView]:
+        return [with_one_pass(transform) for transform in self.transforms]
+
+    def _steps(self) -> tuple[list[tuple[Bijection | InverseView, int]], int]:
+        """Return the layers, each with its extra dimensions, and those of the base.
+
+        They count as event dimensions to the whole and as batch dimensions to the part.
+        """
+        layers = self._layers()
+        counts = event_dims(layers)
+        more = len(self.event_shape) - counts[-1]  # the base may have more than any layer
+        steps = [(layer, more + n - layer.domain.event_dim) for layer, n in zip(layers, counts, strict=False)]
+        return steps, more + counts[0] - len(self.base_dist.event_shape)
 
 
 def _checked(sample_shape: Any, owner: str) -> torch.Size:
@@ -132,16 +138,9 @@ def _checked(sample_shape: Any, owner: str) -> torch.Size:
     return torch.Size(sample_shape)
 
 
-def _draws_to_score(transform: Transform) -> bool:
-    """Whether a score draws what a Slice dropped. A layer knows it; the walk is for foreign wrappers."""
-    return transform._draws_inverse if isinstance(transform, Bijection) else noise_flags(transform).draws_inverse
-
-
-def _estimates(transform: Transform) -> bool:
+def _estimates(layer: Bijection | InverseView) -> bool:
     """Whether some layer's log-det is an estimate."""
-    return any(
-        not isinstance(leaf, NoiseInjection) and not getattr(leaf, "exact", True) for leaf, _ in leaves(transform)
-    )
+    return any(not isinstance(leaf, NoiseInjection) and not leaf.exact for leaf, _ in layer.leaves())
 
 
 def _log_prob(base: Distribution, value: Tensor) -> Tensor:
@@ -160,8 +159,10 @@ def _modules(distribution: Distribution) -> Iterator[nn.Module]:
             yield value
         elif isinstance(value, list):
             for part in value:
-                if isinstance(part, Transform):
-                    yield from inner_modules(part)
+                if isinstance(part, nn.Module):
+                    yield part
+                elif isinstance(part, Transform):
+                    yield from (leaf for leaf, _ in with_one_pass(part).leaves())
 
 
 @register_kl(FlowDistribution, FlowDistribution)
@@ -174,8 +175,8 @@ def _kl(p: Transformed, q: Transformed) -> Tensor:
     lower the divergence, by an unknown amount.
     """
     remedy = "Estimate it: x = p.sample((n,)); (p.log_prob(x) - q.log_prob(x)).mean()."
-    shared, others = ([leaf for transform in d.transforms for leaf in leaves(transform)] for d in (p, q))
-    if shared != others or p.event_shape != q.event_shape:
+    shared, others = ([leaf for t in d.transforms for leaf in with_one_pass(t).leaves()] for d in (p, q))
+    if (p.transforms != q.transforms and shared != others) or p.event_shape != q.event_shape:
         raise NotImplementedError(
             f"kl_divergence of two flows is known where both consist of the same layers (the same objects). {remedy}"
         )
@@ -188,7 +189,7 @@ def _kl(p: Transformed, q: Transformed) -> Tensor:
                 )
         elif not leaf.bijective:
             raise NotImplementedError(
-                f"kl_divergence of flows with a {type(leaf).__name__}, which is not one-to-one, is not known: the "
+                f"kl_divergence of flows with a {leaf.label}, which is not one-to-one, is not known: the "
                 f"divergence of their bases is only an upper bound. {remedy}"
             )
     return kl_divergence(p.base_dist, q.base_dist)

@@ -1,118 +1,254 @@
-"""Transforms of torch and Pyro inside the layers here: what they hold, and how to keep their caches out of the way."""
+"""The door: any transform of torch's or Pyro's becomes a layer, once, where it enters.
+
+torch's own wrappers become the structures here, around what they hold: each structure says which it stands for
+(:func:`stands_for`). Any other transform becomes a :class:`Foreign` layer. Behind the door nobody asks
+again what kind of transform something is.
+"""
 
 from __future__ import annotations
 
 import copy
-import functools
-import types
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import ComposeTransform, IndependentTransform, Transform
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions import Transform, constraints
+from torch.distributions.transforms import ReshapeTransform
 
 from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.support.checks import described
 
-__all__ = ["alone", "hidden_tensors", "inner_modules", "may_hide_tensors", "uncached"]
-
-
-def inner_modules(transform: Transform) -> list[nn.Module]:
-    """Return the modules inside torch's own wrappers, which are not modules themselves."""
-    if isinstance(transform, nn.Module):
-        return [transform]
-    if isinstance(transform, IndependentTransform):
-        return inner_modules(transform.base_transform)
-    if isinstance(transform, _InverseTransform):
-        return inner_modules(transform.inv)
-    parts = getattr(transform, "transforms", None) or getattr(transform, "parts", None) or ()
-    return [module for part in parts if isinstance(part, Transform) for module in inner_modules(part)]
+__all__ = ["Foreign", "as_bijection", "stands_for"]
 
 
-def uncached(part: Transform) -> Transform:
-    """Return a transform that is no module without its one-value cache, which cannot be copied and never forgets."""
-    try:
-        return part.with_cache(0)
-    except NotImplementedError:
-        return part
+def as_bijection(transform: Any, owner: str = "as_bijection") -> Bijection:
+    """Return a transform as a layer: itself where it is one, else a structure or a :class:`Foreign` layer around it.
 
+    Args:
+        transform: Any torch ``Transform``.
+        owner: Name used in the error message.
 
-def alone(part: Transform) -> Transform:
-    """Return a foreign transform for one evaluation: a shallow copy, whose one-value cache nobody else reads.
+    Raises:
+        TypeError: if it is not a transform.
 
-    Such caches know neither of changed parameters nor of gradients, and threads mix them up.
+    Example:
+        >>> from torch.distributions import ComposeTransform, ExpTransform
+        >>> from pyro_invflows.core.foreign import as_bijection
+        >>> as_bijection(ComposeTransform([diagonal(3), ExpTransform()]))
+        Chain(
+          (0): Diagonal(3)
+          (1): Foreign(ExpTransform())
+        )
     """
-    if isinstance(part, Bijection) or torch.compiler.is_compiling():
-        return part
-    if isinstance(part, _InverseTransform):
-        return alone(part.inv).inv
-    own = copy.copy(part)
+    if isinstance(transform, Bijection):
+        return transform
+    if not isinstance(transform, Transform):
+        raise TypeError(f"{owner}: expected a transform, got {described(transform)}")
+    for wrapper, build in _STRUCTURES.items():
+        if isinstance(transform, wrapper):
+            return build(transform)
+    return Foreign(transform)
+
+
+#: torch's wrappers, and what builds the structure that stands for each.
+_STRUCTURES: dict[type[Transform], Callable[[Any], Bijection]] = {}
+
+
+def stands_for(wrapper: type[Transform], build: Callable[[Any], Bijection]) -> None:
+    """Let a structure stand for one of torch's wrappers."""
+    _STRUCTURES[wrapper] = build
+
+
+class Foreign(Bijection):
+    """A transform of torch's or Pyro's, as a layer.
+
+    Its modules are registered, its tensors are buffers. It is evaluated on a shallow copy, so that its own one-value
+    cache, which knows neither of changed parameters nor of gradients, never answers and is never filled.
+
+    What it holds besides modules, tensors, numbers and constraints (a closure, say) cannot be seen. Then nothing is
+    remembered of it, nor of what holds it, and :class:`~pyro_invflows.Chain` does not recompute; its ``repr`` says so.
+
+    **Forward**, **Inverse**, **Log-det**: the transform's; where it has no inverse, that raises what it raises.
+
+    Args:
+        transform: The transform. A module is shared; of any other a copy is kept.
+        cache_size: As in :class:`~pyro_invflows.Bijection`.
+    """
+
+    def __init__(self, transform: Transform, *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        self._held: Any = None  # a transform that is not a module
+        self._tensors: dict[str, str] = {}  # its attribute -> buffer
+        if isinstance(transform, nn.Module):
+            self.transform = transform
+        else:
+            self._held = _without_cache(transform)
+        for name, value in _contents(transform):
+            if isinstance(value, Tensor):
+                self._tensors[name] = f"tensor_{name}"
+                self.register_buffer(f"tensor_{name}", value)
+            elif isinstance(value, nn.Module):
+                self.add_module(f"module_{name}", value)
+            elif not _is_plain(value, transform):
+                self.opaque = True
+                for i, module in enumerate(_modules_in(value)):
+                    self.add_module(f"module_{name}_{i}", module)
+
+    @property
+    def _inner(self) -> Any:
+        return self.transform if self._held is None else self._held
+
+    def _copy(self) -> Any:
+        """Return the transform for one evaluation."""
+        if torch.compiler.is_compiling():
+            return self._inner
+        own = _without_cache(self._inner)
+        for name, buffer in self._tensors.items():
+            own.__dict__[name] = self._buffers[buffer]
+        return own
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bijection:
+        super()._apply(fn, recurse)
+        if self._held is not None:
+            for name, buffer in self._tensors.items():
+                self._held.__dict__[name] = self._buffers[buffer]
+        return self
+
+    @property
+    def label(self) -> str:
+        return type(self._inner).__name__
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self._inner.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self._inner.codomain
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return self._inner.bijective
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return getattr(self._inner, "exact", True)
+
+    @property
+    def sign(self) -> Any:
+        return self._inner.sign
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return getattr(self._inner, "batch_shape", torch.Size())
+
+    @property
+    def input_dim(self) -> int | None:  # type: ignore[override]
+        """Event size that Pyro's layers require; None where it is not known."""
+        size = getattr(self._inner, "input_dim", None)
+        return size if isinstance(size, int) else None
+
+    def _check(self, value: Tensor, inverse: bool) -> None:
+        if not isinstance(value, Tensor):  # the dtype is the transform's own affair
+            self._refuse_kind(value)
+        event_dim = (self.codomain if inverse else self.domain).event_dim
+        if value.dim() < event_dim or (event_dim == 1 and self.input_dim not in (None, value.shape[-1])):
+            self.check_event(value.shape, inverse)
+
+    def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
+        return torch.Size((self._inner.inverse_shape if inverse else self._inner.forward_shape)(shape))
+
+    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
+        """Follow known event sizes; what cannot be known is forgotten."""
+        inner = self._inner
+        if isinstance(inner, ReshapeTransform):
+            here, there = (inner.out_shape, inner.in_shape) if inverse else (inner.in_shape, inner.out_shape)
+            for axis, n in sizes.items():
+                if -len(here) <= axis and here[axis] != n:
+                    raise ValueError(f"ReshapeTransform expects {here[axis]} elements along dim {axis}, but got {n}.")
+            return {i - len(there): n for i, n in enumerate(there)}
+        source = (inner.codomain if inverse else inner.domain).event_dim
+        sizes = dict(sizes)
+        size = self.input_dim
+        if source == 1 and size is not None and sizes.setdefault(-1, size) != size:
+            raise ValueError(
+                f"{type(inner).__name__} works on events with {size} elements along dim -1, but got {sizes[-1]}."
+            )
+        method = inner.inverse_shape if inverse else inner.forward_shape
+        if source and all(axis in sizes for axis in range(-source, 0)):
+            shape = method(torch.Size(sizes[axis] for axis in range(-source, 0)))
+            return {i - len(shape): n for i, n in enumerate(shape)}
+        keeps = Transform.inverse_shape if inverse else Transform.forward_shape
+        return sizes if getattr(method, "__func__", None) is keeps else {}
+
+    # The aux is the copy that was evaluated: Pyro's layers remember there what their log-det needs.
+
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
+        own = self._copy()
+        return own(x), own
+
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
+        own = self._copy()
+        return own.inv(y), own
+
+    def _aux(self, x: Tensor, y: Tensor) -> Any:
+        return self._copy()
+
+    def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
+        return aux.log_abs_det_jacobian(x, y)
+
+    def _copied_state(self) -> dict[str, Any]:
+        held = None if self._held is None else _without_cache(self._held)
+        return super()._copied_state() | {"_held": held}
+
+    def __repr__(self) -> str:
+        note = ", opaque: nothing is remembered" if self.opaque else ""
+        return f"Foreign({self._inner!r}{note})"
+
+
+def _without_cache(transform: Any) -> Any:
+    """Return a shallow copy with an empty cache, also of the transforms in its lists."""
+    if isinstance(transform, Bijection):
+        return transform
+    own = copy.copy(transform)
     own._cached_x_y = None, None
-    if isinstance(own, IndependentTransform):
-        own.base_transform = alone(own.base_transform)
-    elif isinstance(own, ComposeTransform):
-        own.parts = [alone(inner) for inner in own.parts]
+    for name, value in vars(own).items():
+        if isinstance(value, list | tuple) and any(isinstance(item, Transform) for item in value):
+            own.__dict__[name] = [_without_cache(t) if isinstance(t, Transform) else t for t in value]
     return own
 
 
-def may_hide_tensors(transform: Transform) -> bool:
-    """Whether :func:`hidden_tensors` may find any, now or later."""
-    if isinstance(transform, Bijection):
-        return type(transform)._foreign_tensors is not Bijection._foreign_tensors
-    return True
+#: What any module and any transform has besides its contents.
+_OWN_ATTRIBUTES = {*vars(nn.Module()), "_cache_size", "_inv"}
 
 
-def hidden_tensors(transform: Transform) -> list[Tensor | None]:
-    """Return the tensors that a transform and those inside it hold outside of registered modules.
-
-    Conditioned transforms of Pyro, for example, keep their networks in closures.
-    """
-    found: list[Tensor | None] = []
-    _collect(transform, found, set(), listed=isinstance(transform, nn.Module))
-    return found
+def _contents(transform: Transform) -> Iterator[tuple[str, Any]]:
+    """Yield what a transform holds outside of registered modules, by attribute."""
+    for name, value in vars(transform).items():
+        if name not in _OWN_ATTRIBUTES and not name.startswith("_cached"):
+            yield name, value
 
 
-def _collect(value: Any, found: list[Tensor | None], seen: set[int], listed: bool = False) -> None:
-    """Walk what a transform holds; ``listed`` says that a module's own tensors are known to whoever asks."""
-    if isinstance(value, Tensor):
-        found.append(value)
-        return
-    if id(value) in seen or not _is_walked(value):
-        return
-    seen.add(id(value))
-    if isinstance(value, Bijection):
-        found += [] if listed else [*value.parameters(), *value.buffers()]
-        found += value._foreign_tensors()
-    elif isinstance(value, nn.Module):
-        found += [] if listed else [*value.parameters(), *value.buffers()]
-        if isinstance(value, Transform):
-            for name, held in vars(value).items():
-                if not name.startswith("_cached") and isinstance(held, _CALLABLES):
-                    _collect(held, found, seen)
-    elif isinstance(value, Transform):
-        modules = inner_modules(value)  # Chain and Inverted register these
-        for name, held in vars(value).items():
-            if name.startswith("_cached") or (name == "_inv" and not isinstance(value, _InverseTransform)):
-                continue
-            _collect(held, found, seen, listed=any(held is m for m in modules))
-    elif isinstance(value, functools.partial):
-        for held in (value.func, *value.args, *value.keywords.values()):
-            _collect(held, found, seen)
-    elif isinstance(value, types.MethodType):
-        _collect(value.__self__, found, seen)
-    elif isinstance(value, types.FunctionType):
-        for cell in value.__closure__ or ():
-            try:
-                _collect(cell.cell_contents, found, seen)
-            except ValueError:  # an empty cell
-                continue
-    else:  # the parts of a compose, which are registered, or anything else
-        for held in value:
-            _collect(held, found, seen, listed=isinstance(held, Transform))
+def _is_plain(value: Any, owner: Transform) -> bool:
+    """Whether a value holds nothing that could change and that the owner has not registered."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item, owner) for item in value)
+    if isinstance(value, MethodType):
+        return value.__self__ is owner
+    if isinstance(value, Transform) and not isinstance(value, nn.Module):
+        return all(_is_plain(inner, value) for _, inner in _contents(value))
+    numbers = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
+    return isinstance(value, (*numbers, constraints.Constraint)) or inspect.isclass(value)
 
 
-_CALLABLES = (functools.partial, types.MethodType, types.FunctionType)
-
-
-def _is_walked(value: Any) -> bool:
-    return isinstance(value, (Transform, nn.Module, list, tuple, *_CALLABLES))
+def _modules_in(value: Any) -> Iterator[nn.Module]:
+    """Yield the modules in a list of transforms, as torch's CatTransform and StackTransform hold."""
+    for item in value if isinstance(value, list | tuple) else ():
+        if isinstance(item, nn.Module):
+            yield item
+        elif isinstance(item, Transform):
+            for _, inner in _contents(item):
+                yield from _modules_in([inner] if isinstance(inner, nn.Module) else inner)

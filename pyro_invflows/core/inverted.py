@@ -6,19 +6,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 
-from pyro_invflows.core import latents as noise
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.foreign import alone, hidden_tensors, inner_modules
-from pyro_invflows.core.parts import _clear, _evaluate, _evaluate_inverse, _log_det, _trace
-from pyro_invflows.support.checks import described
+from pyro_invflows.core.foreign import as_bijection, stands_for
+from pyro_invflows.core.structure import Structure, evaluate_part
 
 __all__ = ["Inverted"]
 
 
-class Inverted(Bijection):
+class Inverted(Structure):
     """The inverse of a layer, as a layer: a module with the same parameters.
 
     torch's ``layer.inv`` is no module, so its parameters miss the optimiser and ``.to()``. Use this one inside a
@@ -41,16 +40,17 @@ class Inverted(Bijection):
         (True, True)
     """
 
+    layer: Bijection
+
     def __init__(self, layer: Transform, *, cache_size: int = 1) -> None:
-        if not isinstance(layer, Transform):
-            kind, conditional = type(layer).__name__, hasattr(layer, "condition") and not isinstance(layer, type)
-            hint = f"{kind}. Invert the layer that it conditions: Conditional(Inverted(layer), ...)."
-            raise TypeError(f"Inverted: expected a transform, got {hint if conditional else described(layer)}")
+        inner = as_bijection(layer, owner="Inverted")
         super().__init__(cache_size=cache_size)
-        self.layer = layer
-        for i, module in enumerate([] if isinstance(layer, nn.Module) else inner_modules(layer)):
-            self.add_module(f"inner_{i}", module)
-        self._draws_forward, self._draws_inverse, self._only_own_sample = noise.noise_flags(self)
+        self.layer = inner
+        self.dim = inner.dim
+        self.settle()
+
+    def named_parts(self) -> Iterator[tuple[str, Bijection, int]]:
+        yield "layer", self.layer, 0
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -61,52 +61,37 @@ class Inverted(Bijection):
         return self.layer.domain
 
     @property
-    def bijective(self) -> bool:  # type: ignore[override]
-        return self.layer.bijective
-
-    @property
-    def exact(self) -> bool:  # type: ignore[override]
-        return noise.is_exact(self)
+    def input_dim(self) -> int | None:  # type: ignore[override]
+        """Event size along ``dim`` that is required of the input; None where any size will do."""
+        return self.layer.trace_event({}).get(self.dim)
 
     @property
     def sign(self) -> Any:
         return self.layer.sign
 
-    @property
-    def batch_shape(self) -> torch.Size:
-        return getattr(self.layer, "batch_shape", torch.Size())
-
     def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
-        return _trace(self.layer, sizes, not inverse)
+        return self.layer.trace_event(sizes, not inverse)
 
-    def _leaves(self, inverse: bool) -> Iterator[tuple[Transform, bool]]:
-        return noise.leaves(self.layer, not inverse)
+    def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
+        return self.layer.leaves(not inverse)
 
     def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
-        return self.layer.forward_shape(shape) if inverse else self.layer.inverse_shape(shape)
+        return self.layer._shape(shape, not inverse)
 
     def _check(self, value: Tensor, inverse: bool) -> None:
-        if isinstance(self.layer, Bijection):
-            self.layer._check(value, not inverse)
+        self.layer._check(value, not inverse)
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
-        return _evaluate_inverse(self.layer, x)
+        return self.layer.evaluate_inverse(x)
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
-        return _evaluate(self.layer, y)
+        return evaluate_part(self.layer, y)
 
     def _aux(self, x: Tensor, y: Tensor) -> Any:
-        return self.layer._aux(y, x) if isinstance(self.layer, Bijection) else alone(self.layer)
+        return self.layer._aux(y, x)
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
-        return -_log_det(self.layer, y, x, aux)
+        return -self.layer._log_det(y, x, aux)
 
-    def _foreign_tensors(self) -> list[Tensor | None]:
-        return hidden_tensors(self.layer)
 
-    def clear_cache(self) -> None:
-        super().clear_cache()
-        _clear(self.layer)
-
-    def extra_repr(self) -> str:
-        return "" if isinstance(self.layer, nn.Module) else repr(self.layer)
+stands_for(_InverseTransform, lambda transform: Inverted(transform.inv))

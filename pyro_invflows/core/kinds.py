@@ -1,4 +1,4 @@
-"""Kinds of layers that leave their author less to write."""
+"""Kinds of layers that leave their author less to write: elementwise, volume preserving, with a context."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.distributions import constraints
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import out_of_reach
+from pyro_invflows.support.checks import positive_int
 
-__all__ = ["Elementwise", "VolumePreserving"]
+__all__ = ["ContextLayer", "Elementwise", "VolumePreserving"]
 
 
 class Elementwise(Bijection):
@@ -39,6 +40,8 @@ class Elementwise(Bijection):
             raise TypeError(f"{type(self).__name__}: shape must be a tuple of ints, but got {shape!r}.") from None
         if any(n < 0 for n in self.shape):
             raise ValueError(f"{type(self).__name__}: shape must be non-negative, but got {tuple(self.shape)}.")
+        if self.shape and self.shape[-1] != 1:
+            self.input_dim = self.shape[-1]
 
     def _function(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
@@ -123,4 +126,52 @@ class VolumePreserving(Bijection):
         return None
 
     def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
-        return x.new_zeros(self._log_det_shape(x))
+        return x.new_zeros(self.log_det_shape(x))
+
+
+class ContextLayer(Bijection):
+    """A layer that hands the context on to a sub-network, as further inputs.
+
+    The parameters of a sub-network are many, and no hypernetwork sets them: instead the network reads the context
+    itself. :class:`~pyro_invflows.Conditional` puts it into the buffer ``context``. While the layer is not conditioned,
+    the network gets zeros in its place.
+
+    An author builds the sub-network with ``context_dim`` more inputs, and calls it with :meth:`with_context` of its
+    other input, or calls :meth:`context_of` where the network takes the context by itself.
+
+    Args:
+        input_dim: As in :class:`Bijection`.
+        context_dim: Width of the context; 0 for none.
+        dim: As in :class:`Bijection`.
+        cache_size: As in :class:`Bijection`.
+
+    Attributes:
+        context: ``(*B, context_dim)``, or None while not conditioned. Not part of the ``state_dict``.
+    """
+
+    context: Tensor | None
+
+    def __init__(
+        self, input_dim: int | None = None, *, context_dim: int = 0, dim: int = -1, cache_size: int = 1
+    ) -> None:
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        self.context_dim = positive_int(context_dim, "context_dim", type(self).__name__, minimum=0)
+        self.register_buffer("context", None, persistent=False)
+
+    def context_of(self, value: Tensor) -> Tensor:
+        """Return the context for a value ``(*S, n, *spatial)``, as ``(*batch, context_dim)``.
+
+        The batch is the broadcast of S and of the context's own batch shape.
+        """
+        context = value.new_zeros(self.context_dim) if self.context is None else self.context
+        batch = torch.broadcast_shapes(value.shape[: self.dim], context.shape[:-1])
+        return context.expand(*batch, self.context_dim)
+
+    def with_context(self, value: Tensor) -> Tensor:
+        """Return a value ``(*S, n, *spatial)`` and the context behind it: ``(*batch, n + context_dim, *spatial)``."""
+        if not self.context_dim:
+            return value
+        context = self.context_of(value)
+        batch, spatial = context.shape[:-1], value.shape[value.dim() + self.dim + 1 :]
+        context = context.reshape(context.shape + (1,) * len(spatial)).expand(*context.shape, *spatial)
+        return torch.cat([value.expand(*batch, *value.shape[self.dim :]), context], dim=self.dim)

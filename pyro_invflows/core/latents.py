@@ -1,28 +1,33 @@
 """What changes the dimension of an event: the interface of such layers, and the walks that restore their noise.
 
-A chain's structure is read off as a flat list of leaves, each with the direction that it is run in, through nested
-chains, :class:`~pyro_invflows.Inverted` and torch's own wrappers.
+A structure is read off as a flat list of leaves (:meth:`~pyro_invflows.Bijection.leaves`), each with the direction that
+it is run in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.distributions import ComposeTransform, IndependentTransform, Transform
-from torch.distributions.transforms import _InverseTransform
 
-from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.bijection import Bijection, InverseView
 
-__all__ = ["NoiseInjection", "from_latents", "is_exact", "latents", "leaves", "noise_flags"]
+__all__ = ["ONLY_OWN_SAMPLE", "NoiseInjection", "from_latents", "is_exact", "latents", "noise_flags"]
+
+#: Why a point cannot be inverted.
+ONLY_OWN_SAMPLE = (
+    'Slice(score="sample") scores nothing but the last point that it, or the chain that holds it, sampled itself, as '
+    "the same tensor, in the same gradient mode and with the same parameters: of any other point it does not know what "
+    'was dropped. Use score="data" for data.'
+)
 
 
 class NoiseInjection(Bijection):
     """A layer that draws noise forwards and drops it backwards; what the walks need to know of it."""
 
     bijective = False
-    _draws_forward = True
+    draws_forward = True
     #: Key of the noise in ``latents``.
     name: str | None = None
     #: How the inverse of this layer is scored where it stands inverted: a fresh draw, or only its own sample.
@@ -37,44 +42,26 @@ class NoiseInjection(Bijection):
         raise NotImplementedError
 
 
-def leaves(transform: Transform, inverse: bool = False) -> Iterator[tuple[Transform, bool]]:
-    """Yield the transforms that any transform is made of, in the order of a pass, each with its own direction."""
-    if isinstance(transform, Bijection):
-        yield from transform._leaves(inverse)
-    elif isinstance(transform, _InverseTransform):
-        yield from leaves(transform.inv, not inverse)
-    elif isinstance(transform, IndependentTransform):
-        yield from leaves(transform.base_transform, inverse)
-    elif isinstance(transform, ComposeTransform):
-        for part in reversed(transform.parts) if inverse else transform.parts:
-            yield from leaves(part, inverse)
-    else:
-        yield transform, inverse
-
-
-def is_exact(transform: Transform) -> bool:
-    """Whether a transform's log-det is exact and repeatable: no estimator, and no noise dropped forwards."""
-    return not any(
-        (isinstance(leaf, NoiseInjection) and inverse) or not getattr(leaf, "exact", True)
-        for leaf, inverse in leaves(transform)
-    )
+def is_exact(layer: Bijection) -> bool:
+    """Whether a layer's log-det is exact and repeatable: no estimator, and no noise dropped forwards."""
+    return not any((isinstance(leaf, NoiseInjection) and inverse) or not leaf.exact for leaf, inverse in layer.leaves())
 
 
 class NoiseFlags(NamedTuple):
-    """What a transform does with noise."""
+    """What a layer does with noise."""
 
     draws_forward: bool
     draws_inverse: bool
     only_own_sample: bool
 
 
-def noise_flags(transform: Transform) -> NoiseFlags:
-    """Return whether a transform draws noise forwards, backwards, or refuses anything but its own sample.
+def noise_flags(layer: Bijection | InverseView) -> NoiseFlags:
+    """Return whether a layer draws noise forwards, backwards, or refuses anything but its own sample.
 
     Raises:
         ValueError: if it drops some noise with ``score="data"`` and some with ``score="sample"``.
     """
-    noisy = [(leaf, inverse) for leaf, inverse in leaves(transform) if isinstance(leaf, NoiseInjection)]
+    noisy = [(leaf, inverse) for leaf, inverse in layer.leaves() if isinstance(leaf, NoiseInjection)]
     scores = {leaf.score for leaf, inverse in noisy if inverse}
     if len(scores) > 1:
         raise ValueError(
@@ -84,10 +71,10 @@ def noise_flags(transform: Transform) -> NoiseFlags:
     return NoiseFlags(any(not inverse for _, inverse in noisy), "data" in scores, "sample" in scores)
 
 
-def _named(transform: Transform) -> list[str]:
-    """Return the names of the noise that a transform injects, all checked."""
+def _named(layer: Bijection) -> list[str]:
+    """Return the names of the noise that a layer injects, all checked."""
     names = []
-    for leaf, inverse in leaves(transform):
+    for leaf, inverse in layer.leaves():
         if not isinstance(leaf, NoiseInjection):
             continue
         if inverse:
@@ -105,38 +92,32 @@ def _named(transform: Transform) -> list[str]:
     return names
 
 
-def _step(leaf: Transform, value: Tensor, inverse: bool) -> Tensor:
-    if not isinstance(leaf, Bijection):
-        return leaf.inv(value) if inverse else leaf(value)
-    return (leaf._evaluate_inverse if inverse else leaf._evaluate)(value)[0]
-
-
-def latents(transform: Transform, y: Tensor) -> dict[str, Tensor]:
+def latents(layer: Bijection, y: Tensor) -> dict[str, Tensor]:
     """Return all the randomness that made ``y``: the point of the base and each injected noise, by name."""
-    _named(transform)
+    _named(layer)
     found: dict[str, Tensor] = {}
-    for leaf, inverse in leaves(transform, inverse=True):
+    for leaf, inverse in layer.leaves(inverse=True):
         if isinstance(leaf, NoiseInjection):
             leaf._check(y, inverse=True)
             y, found[str(leaf.name)] = leaf.split(y)
         else:
-            y = _step(leaf, y, inverse)
+            y, _ = leaf.evaluate_inverse(y) if inverse else leaf.evaluate(y)
     return {"base": y, **dict(reversed(found.items()))}
 
 
-def from_latents(transform: Transform, given: Mapping[str, Tensor]) -> Tensor:
+def from_latents(layer: Bijection, given: Mapping[str, Tensor]) -> Tensor:
     """Return the ``y`` that these latents make; noise that is not given is drawn."""
-    names = _named(transform)
+    names = _named(layer)
     if "base" not in given:
         raise ValueError("from_latents needs latents['base'], the point of the base distribution.")
     unknown = sorted(set(given) - {"base", *names})
     if unknown:
         raise ValueError(f"from_latents: nothing is called {', '.join(unknown)}; the noise here is {names}.")
     y = given["base"]
-    for leaf, inverse in leaves(transform):
+    for leaf, inverse in layer.leaves():
         if isinstance(leaf, NoiseInjection) and leaf.name in given:
             leaf._check(y, inverse=False)
             y = leaf.join(y, given[str(leaf.name)])
         else:
-            y = _step(leaf, y, inverse)
+            y, _ = leaf.evaluate_inverse(y) if inverse else leaf.evaluate(y)
     return y

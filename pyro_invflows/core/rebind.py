@@ -11,23 +11,13 @@ from torch import Tensor, nn
 
 from pyro_invflows.core.bijection import Bijection
 
-__all__ = ["inner_layers", "rebind", "settled"]
-
-
-def inner_layers(layer: Bijection) -> dict[str, Bijection]:
-    """Return the layers that a structure (a chain, an inverse) is made of, by attribute; not its sub-networks."""
-    return {
-        name: child
-        for name, child in layer._modules.items()
-        # what stands inside torch's own wrappers ("inner_...") cannot be exchanged there
-        if isinstance(child, Bijection) and not name.startswith("inner_")
-    }
+__all__ = ["rebind", "settled"]
 
 
 def rebind(
     layer: Bijection, values: Mapping[str, Tensor], batch_shapes: Mapping[str, torch.Size] = {}, prefix: str = ""
 ) -> Bijection:
-    """Return a shallow copy with ``values`` as buffers in place of own tensors, here and in inner layers.
+    """Return a shallow copy with ``values`` as buffers in place of own tensors, here and in the parts.
 
     A copy, not ``functional_call``: that one swaps tensors on the shared layer, which is not thread-safe.
 
@@ -47,8 +37,8 @@ def rebind(
             new._buffers[name] = values[prefix + name]
             new._non_persistent_buffers_set.add(name)
             new._batch_shape = batch_shapes.get(prefix, layer._batch_shape)
-    for name, child in inner_layers(layer).items():
-        new._modules[name] = rebind(child, values, batch_shapes, f"{prefix}{name}.")
+    for name, part, _ in layer.named_parts():
+        new._modules[name] = rebind(part, values, batch_shapes, f"{prefix}{name}.")
     return new
 
 

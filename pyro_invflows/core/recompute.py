@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Transform
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import sum_rightmost
-from pyro_invflows.core.foreign import alone
-from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
 from pyro_invflows.core.rebind import rebind
+from pyro_invflows.core.structure import evaluate_part
 from pyro_invflows.support.derivatives import first_order_only
 from pyro_invflows.support.errors import ReconstructionError
 
@@ -46,8 +44,6 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
         for name, tensor in tensors
         if tensor.requires_grad
     }
-    if any(t is not None and t.requires_grad for t in chain._foreign_tensors()):
-        return None  # a part that is no module holds a tensor whose gradient would be lost
     # A conditioned layer's tensors hang on the context's graph. The inner backward passes must stop at them: one that
     # went on would count the path to the context twice. A tensor with several names (a context) is cut once.
     outer = list({id(tensor): tensor for tensor in named.values()}.values())
@@ -57,7 +53,7 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
     twin = rebind(chain, cut) if cut else chain
     placed = {id(t) for t in (*twin.parameters(), *twin.buffers())}
     if any(id(t) not in placed for t in inner):
-        return None  # a computed tensor inside a sub-network or a wrapper of torch's (functional_call puts them there)
+        return None  # a computed tensor inside a sub-network (functional_call puts them there)
     out, ladj = _Recompute.apply(twin, inner, inverse, value, *outer)
     return out, -ladj if inverse else ladj
 
@@ -71,15 +67,14 @@ class _Recompute(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out = value
         total: Tensor | None = None
-        event_dims = _event_dims(chain, inverse)
-        for part, extra in zip(_walk(chain, inverse), event_dims, strict=True):
+        for _, part, extra in _walk(chain, inverse):
             out, ladj = _step(part, out, inverse)
             ladj = sum_rightmost(ladj, extra)
             total = ladj if total is None else total + ladj
         if out is value:
             out = value.clone()
         total = torch.zeros_like(value) if total is None else total
-        ctx.chain, ctx.inner, ctx.inverse, ctx.event_dims = chain, inner, inverse, event_dims
+        ctx.chain, ctx.inner, ctx.inverse = chain, inner, inverse
         # Rows whose input is out of reach, so that nothing can rebuild it: they have no gradient.
         ctx.lost = total.isinf()
         ctx.save_for_backward(value, out, *tensors)
@@ -95,9 +90,8 @@ class _Recompute(torch.autograd.Function):
         grad = grad.masked_fill(_over_events(ctx.lost, target), 0.0)
         grad_ladj = grad_ladj.masked_fill(ctx.lost, 0.0)
         with torch.no_grad():
-            steps = zip(reversed(_walk(ctx.chain, ctx.inverse)), reversed(ctx.event_dims), strict=True)
-            for part, extra in steps:
-                current = _value(part, current, not ctx.inverse)
+            for _, part, extra in reversed(_walk(ctx.chain, ctx.inverse)):
+                current, _ = part.evaluate(current) if ctx.inverse else part.evaluate_inverse(current)
                 new = _part_gradients(part, current, ctx, extra, grad, grad_ladj)
                 grad = torch.zeros_like(current) if new[0] is None else new[0]
                 for i, g in enumerate(new[1:]):
@@ -111,7 +105,7 @@ class _Recompute(torch.autograd.Function):
 
 
 def _part_gradients(
-    part: Transform, source: Tensor, ctx: Any, extra: int, grad: Tensor, grad_ladj: Tensor
+    part: Bijection, source: Tensor, ctx: Any, extra: int, grad: Tensor, grad_ladj: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of one part to its input and to every tensor of the chain."""
     with torch.enable_grad():
@@ -125,31 +119,21 @@ def _part_gradients(
         return torch.autograd.grad(outputs, [source, *ctx.inner], weights, allow_unused=True)
 
 
-def _walk(chain: Any, inverse: bool) -> Sequence[Transform]:
-    parts = [alone(part) for part in chain.parts]
+def _walk(chain: Any, inverse: bool) -> list[tuple[str, Bijection, int]]:
+    parts = list(chain.named_parts())
     return parts[::-1] if inverse else parts
 
 
-def _step(part: Transform, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    return inv_and_ladj(part, value) if inverse else call_and_ladj(part, value)
+def _step(part: Bijection, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Return value and log-det of one direction, without a trace in the part's memo.
 
-
-def _value(part: Transform, value: Tensor, inverse: bool) -> Tensor:
-    """Run a part without a trace in its memo, which would keep the activation that this is about to spare."""
-    if isinstance(part, Bijection):
-        return (part._evaluate_inverse if inverse else part._evaluate)(value)[0]
-    return part.inv(value) if inverse else part(value)
-
-
-def _event_dims(chain: Any, inverse: bool) -> list[int]:
-    """Return, part by part, how many event dimensions of the chain are batch dimensions to the part."""
-    event_dim = (chain.codomain if inverse else chain.domain).event_dim
-    extra = []
-    for part in _walk(chain, inverse):
-        source, target = (part.codomain, part.domain) if inverse else (part.domain, part.codomain)
-        extra.append(event_dim - source.event_dim)
-        event_dim += target.event_dim - source.event_dim
-    return extra
+    An entry there would keep the activation that this is about to spare.
+    """
+    if inverse:
+        x, aux = part.evaluate_inverse(value)
+        return x, -part._log_det(x, value, aux)
+    y, aux = evaluate_part(part, value)
+    return y, part._log_det(value, y, aux)
 
 
 def _over_events(rows: Tensor, event_dim: int) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.logdet import Exact, PowerSeries, RussianRoulette
 from pyro_invflows.networks import (
     ContractiveMLP,
@@ -49,7 +49,7 @@ _MEMORY = 15
 # ---------------------------------------------------------------------- any contraction
 
 
-class ContractiveResidual(Bijection):
+class ContractiveResidual(ContextLayer):
     r"""Moves points by any network that is a contraction.
 
     .. math:: y = x + g(x), \qquad \mathrm{Lip}(g) \le c < 1.
@@ -107,7 +107,8 @@ class ContractiveResidual(Bijection):
         solver: Settings | None = None,
         cache_size: int = 1,
     ) -> None:
-        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        context_dim = int(getattr(net, "context_dim", 0))
+        super().__init__(input_dim, context_dim=context_dim, dim=dim, cache_size=cache_size)
         owner = "ContractiveResidual"
         if not isinstance(net, nn.Module):
             raise TypeError(f"{owner}: net must be a module, but got {type(net).__name__}.")
@@ -129,7 +130,6 @@ class ContractiveResidual(Bijection):
         self.exact = self.log_det.exact
         self.order = derivative_order(order, owner)
         self.solver = solver
-        self.context_dim = int(getattr(net, "context_dim", 0))
         if self.context_dim and dim != -1:
             raise ValueError(
                 f"{owner}: a network with a context is for vectors (dim=-1), but got dim={dim}; give it context_dim=0 "
@@ -137,7 +137,6 @@ class ContractiveResidual(Bijection):
             )
         if self.order == 2 and dim == -1 and input_dim is not None and input_dim > _SMALL_EVENT:
             raise ValueError(f"{owner}: order=2 serves events of up to {_SMALL_EVENT} elements, but got {input_dim}.")
-        self.register_buffer("context", None, persistent=False)
 
     # ------------------------------------------------------------------ the contraction
 
@@ -156,11 +155,11 @@ class ContractiveResidual(Bijection):
             )
         return value
 
-    def _context(self, batch: torch.Size) -> tuple[Tensor, ...]:
-        if not self.context_dim or self.context is None:
+    def _context(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.context_dim:
             return ()
-        context = self.context.clone() if self.context.is_inference() else self.context
-        return (context.expand(*batch, self.context_dim),)
+        context = self.context_of(x)
+        return (context.clone() if context.is_inference() else context,)
 
     def _expand(self, value: Tensor) -> Tensor:
         """Give a value the batch dimensions of the context."""
@@ -170,7 +169,7 @@ class ContractiveResidual(Bijection):
         return value.expand(*batch, *value.shape[self.dim :])
 
     def _linearise(self, x: Tensor) -> Linearisation:
-        context = self._context(x.shape[: self.dim])
+        context = self._context(x)
         closed = getattr(self.net, "linearise", None)
         if closed is not None and self.dim == -1:
             return closed(x, *context)
@@ -187,7 +186,7 @@ class ContractiveResidual(Bijection):
                 linearisation = self._linearise(x)
                 return x + linearisation.value, (linearisation, store)
             # a graph would only cost memory
-            return x + self._call_net(x, *self._context(x.shape[: self.dim])), (None, store)
+            return x + self._call_net(x, *self._context(x)), (None, store)
 
     @full_precision
     @outside_inference_mode
@@ -214,7 +213,7 @@ class ContractiveResidual(Bijection):
                 f"ContractiveResidual: order=2 serves events of up to {_SMALL_EVENT} elements, but got "
                 f"{tuple(y.shape[self.dim :])}."
             )
-        context = self._context(y.shape[: self.dim])
+        context = self._context(y)
         closed = small and self.dim == -1 and hasattr(self.net, "linearise")
         hold_weights_of(self.net)
         with torch.no_grad():

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.core.events import negative_axis
+from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import conv_network, dense_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.support.checks import positive_int, widths
@@ -22,7 +22,7 @@ from pyro_invflows.support.checks import positive_int, widths
 __all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
 
 
-class AffineCoupling(Bijection):
+class AffineCoupling(ContextLayer):
     r"""Scales and shifts part of the input by what a network makes of the other part.
 
     .. math:: y_1 = x_1, \qquad y_2 = x_2 \odot e^{s(x_1)} + t(x_1),
@@ -85,9 +85,8 @@ class AffineCoupling(Bijection):
         input_dim: int | None = None,
         cache_size: int = 1,
     ) -> None:
-        super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        super().__init__(input_dim, context_dim=context_dim, dim=dim, cache_size=cache_size)
         self.split_dim = positive_int(split_dim, "split_dim", "AffineCoupling", minimum=0)
-        self.context_dim = positive_int(context_dim, "context_dim", "AffineCoupling", minimum=0)
         if input_dim is not None and split_dim >= input_dim:
             raise ValueError(
                 f"AffineCoupling: split_dim must be below input_dim, so that something is left to transform, but got "
@@ -115,7 +114,6 @@ class AffineCoupling(Bijection):
                     f"input_dim, but got split_dim={split_dim}, context_dim={context_dim}, input_dim={input_dim}."
                 )
             self.constants = nn.Parameter(torch.zeros(input_dim if scale is None else 2 * input_dim))
-        self.register_buffer("context", None, persistent=False)
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         super()._check(value, inverse)
@@ -133,14 +131,8 @@ class AffineCoupling(Bijection):
             raw = call_network(self.hypernet, x1, owner="AffineCoupling")
             if raw.shape[-1] == wanted and raw.shape[:-1] == x1.shape[:-1]:
                 return raw
+        x1 = self.with_context(x1)
         batch, spatial = x1.shape[: self.dim], x1.shape[x1.dim() + self.dim + 1 :]
-        if self.context_dim:
-            context = self.context
-            if context is None:
-                context = x1.new_zeros(self.context_dim)
-            batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            context = context.reshape(context.shape + (1,) * len(spatial)).expand(*batch, self.context_dim, *spatial)
-            x1 = torch.cat([x1.expand(*batch, -1, *spatial), context], dim=self.dim)
         if self.dim == -1:
             raw = call_network(self.hypernet, x1, owner="AffineCoupling")
         else:  # a convolution takes one batch dimension, ours are any number
@@ -194,12 +186,12 @@ class AffineCoupling(Bijection):
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor | None) -> Tensor:
         if aux is None:
-            return x.new_zeros(self._log_det_shape(x))
+            return x.new_zeros(self.log_det_shape(x))
         total = aux.sum(tuple(range(self.dim, 0)))
         if self.hypernet is not None:
             return total
         pixels = x.shape[x.dim() + self.dim + 1 :].numel()
-        return (total * pixels).expand(self._log_det_shape(x))
+        return (total * pixels).expand(self.log_det_shape(x))
 
     def extra_repr(self) -> str:
         parts = [f"split_dim={self.split_dim}"]

@@ -23,7 +23,7 @@ def _along(parameter: Tensor, dim: int) -> Tensor:
 def _sum_log_scale(layer: Bijection, log_scale: Tensor, x: Tensor) -> Tensor:
     """Return the log-det of scaling by ``exp(log_scale)`` (*B, D) at every pixel."""
     pixels = x.shape[x.dim() + layer.dim + 1 :].numel()
-    return (log_scale.sum(-1) * pixels).expand(layer._log_det_shape(x))
+    return (log_scale.sum(-1) * pixels).expand(layer.log_det_shape(x))
 
 
 class Shift(VolumePreserving):

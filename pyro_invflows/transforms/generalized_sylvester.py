@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.solvers import (
@@ -36,7 +36,7 @@ __all__ = ["GeneralizedSylvester", "conditional_generalized_sylvester", "general
 _LARGEST_LOG_A, _LARGEST_LOG_D = 2.0, 3.0
 
 
-class GeneralizedSylvester(HoldsConstants, Bijection):
+class GeneralizedSylvester(HoldsConstants, ContextLayer):
     r"""Pushes points by an autoregressive network, in rotated coordinates.
 
     .. math:: y = x + W^T f(W x), \qquad f_i(v) = \frac{d_i - 1}{a_i} \tanh(a_i v_i + t_i) + u_i,
@@ -85,7 +85,6 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
 
     input_dim: int
     triangle: Tensor
-    context: Tensor | None
 
     def __init__(
         self,
@@ -99,19 +98,17 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
         solver: Settings | None = None,
         cache_size: int = 1,
     ) -> None:
-        super().__init__(input_dim, cache_size=cache_size)
+        super().__init__(input_dim, context_dim=context_dim, cache_size=cache_size)
         owner = "GeneralizedSylvester"
         if order not in (1, 2):
             raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
         self.order = order
-        self.context_dim = positive_int(context_dim, "context_dim", owner, minimum=0)
         k = input_dim - input_dim % 2 if num_reflections is None else num_reflections
         self.num_reflections = positive_int(k, "num_reflections", owner, minimum=0)
         if solver is not None and not isinstance(solver, Settings):
             raise TypeError(f"{owner}: solver must be solvers.Settings(...), but got {type(solver).__name__}.")
         self.solver = Settings(max_steps=input_dim) if solver is None else solver
         self.vectors = nn.Parameter(torch.empty(k, input_dim))
-        self.register_buffer("context", None, persistent=False)
         hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else hidden_dims
         self.hypernet = masked_network(
             input_dim, hidden, 4, context_dim=context_dim, activation=activation, zero_output=True
@@ -126,13 +123,9 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
         self.fill_constants()
         nn.init.normal_(self.vectors, std=self.input_dim**-0.5)
 
-    def _coefficients(self, v: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return log a, d, t and u at v, each (*batch, D)."""
-        if self.context_dim:
-            if context is None:
-                context = v.new_zeros(self.context_dim)
-            batch = torch.broadcast_shapes(v.shape[:-1], context.shape[:-1])
-            v = torch.cat([v.expand(*batch, -1), context.expand(*batch, -1)], dim=-1)
+    def _coefficients(self, v: Tensor, *context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return log a, d, t and u at v, each (*batch, D); the context of some rows may be given."""
+        v = torch.cat([v, *context], dim=-1) if context else self.with_context(v)
         log_a, log_d, t, u = call_network(self.hypernet, v, owner="GeneralizedSylvester").chunk(4, dim=-1)
         log_a = _LARGEST_LOG_A * torch.tanh(log_a / _LARGEST_LOG_A)
         return log_a, (_LARGEST_LOG_D * torch.tanh(log_d / _LARGEST_LOG_D)).exp(), t, u
@@ -158,15 +151,15 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
     @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         v = self._rotate(x, transpose=True)
-        log_a, d, t, u = self._coefficients(v, self.context)
+        log_a, d, t, u = self._coefficients(v)
         push, h = self._push(v, log_a, d, t, u)
         return x + self._rotate(push), (h, d)
 
     @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         z = self._rotate(y, transpose=True)
-        if self.context is not None:
-            z = z.expand(*torch.broadcast_shapes(z.shape[:-1], self.context.shape[:-1]), self.input_dim)
+        if self.context_dim:
+            z = z.expand(*self.context_of(z).shape[:-1], self.input_dim)
         if in_transform(z) or (self.order == 2 and torch.is_grad_enabled()):
             v = self._sweep_with_graph(z)
         else:
@@ -174,24 +167,22 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
                 v = self._solve(z.detach())
 
             def residual(v: Tensor) -> Tensor:
-                return v + self._push(v, *self._coefficients(v, self.context))[0] - z
+                return v + self._push(v, *self._coefficients(v))[0] - z
 
             def diagonal(v: Tensor) -> Tensor:
-                coefficients = self._coefficients(v, self.context)
+                coefficients = self._coefficients(v)
                 return tanh_slope(self._push(v, *coefficients)[1], coefficients[1])
 
             v = implicit_gradient(
                 residual, v, structure="autoregressive", diagonal=diagonal, owner="GeneralizedSylvester"
             )
-        coefficients = self._coefficients(v, self.context)
+        coefficients = self._coefficients(v)
         push, h = self._push(v, *coefficients)
         return y - self._rotate(push), (h, coefficients[1])
 
     def _solve(self, z: Tensor) -> Tensor:
         """Sweep until every row meets its tolerance, relative to the size of the terms of f."""
-        arguments: tuple[Tensor, ...] = (z,)
-        if self.context is not None:
-            arguments += (self.context.expand(*z.shape[:-1], self.context_dim),)
+        arguments: tuple[Tensor, ...] = (z, self.context_of(z)) if self.context_dim else (z,)
 
         def relative(v: Tensor, z: Tensor, state: tuple[Tensor, ...]) -> Tensor:
             log_a, d, _, u = state
@@ -217,7 +208,7 @@ class GeneralizedSylvester(HoldsConstants, Bijection):
         """Take all D sweeps: exact, and so are their derivatives."""
         v = z
         for _ in range(self.input_dim):
-            log_a, d, t, u = self._coefficients(v, self.context)
+            log_a, d, t, u = self._coefficients(v)
             v = self._pull(tanh_root(self._target(z, log_a, t, u), d, owner="GeneralizedSylvester"), log_a, t)
         return v
 

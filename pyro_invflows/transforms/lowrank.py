@@ -120,7 +120,7 @@ class LowRankLinear(Bijection):
             left = linalg.symmetric_low_rank_inverse(self.left)[1]
         if right is None:
             right = linalg.symmetric_low_rank_inverse(self.right)[1]
-        return (left - right).expand(self._log_det_shape(x))
+        return (left - right).expand(self.log_det_shape(x))
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, rank={self.rank}"

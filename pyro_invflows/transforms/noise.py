@@ -23,8 +23,9 @@ from pyro_invflows.core.chain import Chain
 from pyro_invflows.core.distribution_module import refuse_gradients
 from pyro_invflows.core.events import sum_rightmost
 from pyro_invflows.core.flow import Flow
+from pyro_invflows.core.foreign import as_bijection
 from pyro_invflows.core.inverted import Inverted
-from pyro_invflows.core.latents import NoiseInjection, is_exact, leaves
+from pyro_invflows.core.latents import ONLY_OWN_SAMPLE, NoiseInjection, is_exact
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.modes import is_any_autocast
 from pyro_invflows.transforms.shape import PixelShuffle
@@ -132,7 +133,7 @@ class ConcatNoise(NoiseInjection):
 
     def _accept_density(self, d: TransformedDistribution) -> None:
         """Refuse noise that is not a reparametrised density on all real vectors; note whether it is exact."""
-        transform = d.transforms[0]
+        transform = as_bijection(d.transforms[0])
         # a layer on all real vectors says nothing about the range of what goes in
         support = [transform.codomain, d.base_dist.support if _is_real(transform.domain) else transform.codomain]
         if not all(map(_is_real, support)):
@@ -141,7 +142,7 @@ class ConcatNoise(NoiseInjection):
                 f"{next(s for s in support if not _is_real(s))}. Give a distribution with real support, or a Flow that "
                 "maps it there, for example through Interval(low, high).inv."
             )
-        if any(isinstance(leaf, NoiseInjection) and inverse for leaf, inverse in leaves(transform)):
+        if any(isinstance(leaf, NoiseInjection) and inverse for leaf, inverse in transform.leaves()):
             raise ValueError(
                 "ConcatNoise needs noise whose density is known, but the flow given holds a Slice, which has only a "
                 "bound of it. Give noise without a Slice."
@@ -192,7 +193,7 @@ class ConcatNoise(NoiseInjection):
     def _check(self, value: Tensor, inverse: bool) -> None:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             super()._check(value, inverse)  # which says so
-        self._event_shape(value.shape, -self.dim, inverse)
+        self.check_event(value.shape, inverse)
         dtype = self._noise_dtype()
         if dtype != value.dtype and not is_any_autocast():
             raise TypeError(
@@ -238,11 +239,7 @@ class ConcatNoise(NoiseInjection):
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
         if self.score == "sample":
-            raise ValueError(
-                'Slice(score="sample") scores nothing but the last point that it, or the chain that holds it, sampled '
-                "itself, as the same tensor, in the same gradient mode and with the same parameters: of any other "
-                'point it does not know what was dropped. Use score="data" for data.'
-            )
+            raise ValueError(ONLY_OWN_SAMPLE)
         d = self._given(x)
         if self.noise.is_conditional:
             e = d.rsample()

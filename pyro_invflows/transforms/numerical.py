@@ -2,17 +2,17 @@ r"""A true inverse for transforms that have only one direction, Pyro's included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions.transforms as pyro_transforms
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.foreign import alone, hidden_tensors, inner_modules
-from pyro_invflows.core.one_pass import call_and_ladj
+from pyro_invflows.core.foreign import as_bijection
+from pyro_invflows.core.structure import Structure
 from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.support.checks import described
@@ -24,7 +24,7 @@ __all__ = ["NumericalInverse", "numerical_inverse"]
 STRUCTURES = ("elementwise", "triangular", "dense")
 
 
-class NumericalInverse(Bijection):
+class NumericalInverse(Structure):
     r"""Inverts a one-way transform t by solving :math:`t(x) = y`.
 
     .. math:: y = t(x), \qquad \text{one-to-one from } \mathbb{R}^n \text{ onto its range}.
@@ -83,7 +83,8 @@ class NumericalInverse(Bijection):
     ) -> None:
         _check_transform(transform)
         super().__init__(cache_size=cache_size)
-        self.domain, self.codomain = transform.domain, transform.codomain
+        inner = as_bijection(transform)
+        self.domain, self.codomain = inner.domain, inner.codomain
         event_dim = transform.domain.event_dim
         if structure is None:
             autoregressive = getattr(transform, "autoregressive", False)
@@ -102,59 +103,44 @@ class NumericalInverse(Bijection):
         self.ordering = None if ordering is None else [int(i) for i in ordering]
         if self.ordering is not None and sorted(self.ordering) != list(range(len(self.ordering))):
             raise ValueError(f"NumericalInverse: ordering must be a permutation of 0, 1, ..., but got {self.ordering}.")
-        self.foreign: Any = None
-        if isinstance(transform, nn.Module):
-            self.transform = transform
-        else:
-            self.foreign = transform
-            for i, module in enumerate(inner_modules(transform)):
-                self.add_module(f"inner_{i}", module)
+        self.transform = inner
+        self.settle()
+
+    def named_parts(self) -> Iterator[tuple[str, Bijection, int]]:
+        yield "transform", self.transform, 0
+
+    def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
+        yield self, inverse
 
     @property
-    def _transform(self) -> Transform:
-        return self.transform if self.foreign is None else self.foreign
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.transform.exact
+
+    @property
+    def input_dim(self) -> int | None:  # type: ignore[override]
+        """Event size that t requires of its input; None where any size will do."""
+        return self.transform.input_dim
 
     @property
     def sign(self) -> Any:
-        return self._transform.sign
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        return getattr(self._transform, "batch_shape", torch.Size())
+        return self.transform.sign
 
     def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
-        inner = self._transform
-        if isinstance(inner, Bijection):
-            return inner.trace_event(sizes, inverse)
-        size = getattr(inner, "input_dim", None)
-        if isinstance(size, int) and self.domain.event_dim:
-            known = dict(sizes).setdefault(-1, size)
-            if known != size:
-                raise ValueError(
-                    f"NumericalInverse: {type(inner).__name__} works on events with {size} elements, but got {known}."
-                )
-        return dict(sizes)
+        return self.transform.trace_event(sizes, inverse)
 
     # ------------------------------------------------------------------ one evaluation of t
 
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return t(x) and its log-det, from no cache and leaving none behind."""
-        return call_and_ladj(alone(self._transform), x.view_as(x))  # a new tensor object, which no memo knows
+        """Return t(x) and its log-det, from no memo and leaving nothing in one."""
+        y, aux = self.transform.evaluate(x)
+        return y, self.transform._log_det(x, y, aux)
 
     def _value(self, x: Tensor) -> Tensor:
-        inner = alone(self._transform)
-        return inner._evaluate(x)[0] if isinstance(inner, Bijection) else inner(x)
-
-    def _foreign_tensors(self) -> list[Tensor | None]:
-        return hidden_tensors(self._transform)
+        return self.transform.evaluate(x)[0]
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_size(x, inverse=False)
+        self.check_event(x.shape, inverse=False)
         return self._both(x)
-
-    def _check_size(self, value: Tensor, inverse: bool) -> None:
-        event_dim = self.domain.event_dim
-        self._event_shape(value.shape, event_dim, inverse)
 
     @outside_autocast
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,19 +151,19 @@ class NumericalInverse(Bijection):
 
     @outside_inference_mode
     def _solve_and_attach(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_size(y, inverse=True)
+        self.check_event(y.shape, inverse=True)
         y = y.expand(self.inverse_shape(y.shape))
         event_dim = self.domain.event_dim
         with torch.no_grad():
             solution = self._solve(y.detach())
-            x = finish(solution, f"NumericalInverse({type(self._transform).__name__})", self.solver, given=y)
+            x = finish(solution, f"NumericalInverse({self.transform.label})", self.solver, given=y)
         x = implicit_gradient(
             lambda x: self._value(x) - y,
             x,
             structure="elementwise" if self.structure == "elementwise" else "dense",
             event_dim=event_dim,
             order=self.order,
-            owner=f"NumericalInverse({type(self._transform).__name__})",
+            owner=f"NumericalInverse({self.transform.label})",
         )
         return x, self._both(x)[1]
 
@@ -240,18 +226,12 @@ class NumericalInverse(Bijection):
     def _order(self, size: int) -> list[int]:
         if self.ordering is not None:
             return self.ordering
-        network = getattr(self._transform, "arn", None)
+        network = getattr(getattr(self.transform, "transform", None), "arn", None)
         permutation = getattr(network, "permutation", None)
         return list(range(size)) if permutation is None else [int(i) for i in permutation]
 
-    def clear_cache(self) -> None:
-        super().clear_cache()
-        if isinstance(self._transform, Bijection):
-            self._transform.clear_cache()
-
     def extra_repr(self) -> str:
-        inner = "" if self.foreign is None else f"{self.foreign!r}, "
-        return f"{inner}structure={self.structure!r}"
+        return f"structure={self.structure!r}"
 
 
 def _is_real(constraint: constraints.Constraint) -> bool:

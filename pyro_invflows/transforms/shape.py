@@ -130,7 +130,7 @@ class PixelShuffle(VolumePreserving):
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         super()._check(value, inverse)
-        self._event_shape(value.shape, 3, inverse)
+        self.check_event(value.shape, inverse)
 
     # Written out, because torch's pixel_unshuffle returns an empty batch in its input's shape.
     def _function(self, x: Tensor) -> Tensor:

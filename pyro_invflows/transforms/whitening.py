@@ -177,7 +177,7 @@ class Whitening(Bijection):
         if not isinstance(data, Tensor) or not data.is_floating_point():
             kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
             raise TypeError(f"Whitening needs a floating point tensor of data, but got {kind}.")
-        self._event_shape(data.shape, -self.dim, inverse=True)
+        self.check_event(data.shape, inverse=True)
         rows = _double(data.detach().movedim(self.dim, -1).reshape(-1, self.input_dim))
         # a sum is not finite where a row is not, and far cheaper than looking at each element
         if rows.numel() and not rows.sum().isfinite():
@@ -300,7 +300,7 @@ class Whitening(Bijection):
     def _log_det(self, x: Tensor, y: Tensor, aux: None) -> Tensor:
         pixels = x.shape[x.dim() + self.dim + 1 :].numel()
         log_scale = self.triangle.diagonal().sum() if self.trainable else self.log_scale
-        return (log_scale * pixels).expand(self._log_det_shape(x))
+        return (log_scale * pixels).expand(self.log_det_shape(x))
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_dim}, method={self.method!r}, shrinkage={self.shrinkage!r}"]

@@ -1,0 +1,170 @@
+"""The memo: one remembered evaluation a layer, what it may answer, and when it is stale.
+
+torch and Pyro ask for ``t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)`` in separate calls, and variational inference
+scores the sample it just drew. Without a memo each step would evaluate every network again. The memo is only ever a
+cache: no result depends on whether it was warm.
+
+A layer holds one immutable entry in its attribute ``_memo``, read once into a local: a second thread can at worst miss
+it. The entry answers the opposite direction and the log-det, for the very same tensor objects, while its stamp, which
+holds everything that an evaluation depends on besides its input, is that of the present.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from pyro_invflows.support.modes import in_functorch, is_any_autocast, saves_through_hooks
+
+__all__ = ["FORWARD", "INVERSE", "Entry", "is_fresh", "new_entry", "recall", "recall_pair", "remember"]
+
+FORWARD, INVERSE = "forward", "inverse"
+
+
+class Stamp(NamedTuple):
+    """Everything that an evaluation depends on besides its input."""
+
+    flags: tuple[Any, ...]
+    # held as objects, not as ids: an id can be reused once its tensor is gone
+    tensors: tuple[Tensor | None, ...]
+
+
+class Entry(NamedTuple):
+    """One evaluation."""
+
+    x: Tensor
+    y: Tensor
+    aux: Any
+    direction: str
+    answers: bool
+    stamp: Stamp
+
+
+def recall(layer: Any, value: Tensor, direction: str) -> Entry | None:
+    """Return the entry that knows what ``value`` becomes in ``direction``, if there is one."""
+    if torch.compiler.is_compiling():  # asked first, before a tensor or an attribute is touched
+        return None
+    entry = layer._memo
+    if entry is None or entry.direction == direction or not entry.answers:
+        return None
+    if (entry.x if direction == FORWARD else entry.y) is not value:
+        return None
+    return _if_fresh(layer, entry)
+
+
+def recall_pair(layer: Any, x: Tensor, y: Tensor) -> Entry | None:
+    """Return the entry of the pair, whichever of the two was computed from the other."""
+    if torch.compiler.is_compiling():
+        return None
+    entry = layer._memo
+    if entry is None or entry.x is not x or entry.y is not y:
+        return None
+    return _if_fresh(layer, entry)
+
+
+def remember(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answers: bool = True) -> None:
+    """Remember an evaluation.
+
+    Args:
+        layer: Whose.
+        x: Its input.
+        y: Its output.
+        aux: What its log-det needs.
+        direction: Which of the two was computed from the other.
+        answers: Whether it may answer for the opposite direction, besides the log-det.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if layer._cache_size:
+        layer._memo = new_entry(layer, x, y, aux, direction, answers)
+
+
+def new_entry(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answers: bool = True) -> Entry | None:
+    """Return a stamped entry, or None where it could not be told when it is stale."""
+    if torch.compiler.is_compiling() or in_functorch() or saves_through_hooks():
+        return None
+    _watch_optimisers()
+    stamp = _stamp(layer, x, y)
+    return None if stamp is None else Entry(x, y, aux, direction, answers, stamp)
+
+
+def is_fresh(layer: Any, entry: Entry) -> bool:
+    """Whether evaluating again would give the same."""
+    if torch.compiler.is_compiling() or in_functorch() or saves_through_hooks():
+        return False
+    if (entry.y if entry.direction == FORWARD else entry.x).retains_grad:
+        return False  # the caller wants the gradient of what it asks about, which the answer's graph bypasses
+    stamp = _stamp(layer, entry.x, entry.y)
+    return (
+        stamp is not None
+        and stamp.flags == entry.stamp.flags
+        and len(stamp.tensors) == len(entry.stamp.tensors)
+        and all(map(operator.is_, stamp.tensors, entry.stamp.tensors))
+    )
+
+
+def _if_fresh(layer: Any, entry: Entry) -> Entry | None:
+    if is_fresh(layer, entry):
+        return entry
+    layer._memo = None
+    return None
+
+
+def _stamp(layer: Any, x: Tensor, y: Tensor) -> Stamp | None:
+    """Return the stamp of the present, or None where it cannot be known."""
+    if layer.opaque:
+        return None
+    kept = layer._kept
+    if kept is None:
+        # Walking parameters() costs several times more than reading the dicts of a kept list of modules.
+        # Not the layer itself: a cycle would keep every conditioned copy alive until the garbage collector runs.
+        modules = tuple(layer.modules())
+        kept = layer._kept = modules[1:], tuple(child for m in modules for child in m._modules.values())
+    tensors: list[Tensor | None] = []
+    children: list[nn.Module | None] = []
+    flags: list[Any] = [torch.is_grad_enabled(), _optimiser_steps]
+    if is_any_autocast():
+        flags.append(None if x.is_meta else torch.get_autocast_dtype(x.device.type))
+    for module in (layer, *kept[0]):
+        attributes = module.__dict__
+        flags.append(attributes["training"])
+        tensors += attributes["_parameters"].values()
+        tensors += attributes["_buffers"].values()
+        if attributes["_modules"]:
+            children += attributes["_modules"].values()
+        if attributes.get("_pyro_samples"):  # a Bayesian module draws its parameters anew
+            return None
+    if len(children) != len(kept[1]) or not all(map(operator.is_, children, kept[1])):
+        layer._kept = None  # a module was exchanged: list them again
+        return _stamp(layer, x, y)
+    try:
+        flags += x._version, x.requires_grad, y._version, y.requires_grad
+        for tensor in tensors:
+            if tensor is not None:  # .half() and other swaps of the data bump no version
+                flags += tensor._version, tensor.requires_grad, tensor.data_ptr()
+    except RuntimeError:  # inference tensors have no version
+        return None
+    return Stamp(tuple(flags), tuple(tensors))
+
+
+_optimiser_steps: int | None = None
+
+
+def _watch_optimisers() -> None:
+    """Count the steps of all optimisers from now on.
+
+    Fused ones, and several of Pyro's, change parameters without a new tensor version.
+    """
+    global _optimiser_steps
+    if _optimiser_steps is None:
+        _optimiser_steps = 0
+        register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(*_: Any) -> None:
+    global _optimiser_steps
+    _optimiser_steps += 1  # type: ignore[operator]

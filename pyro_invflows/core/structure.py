@@ -1,0 +1,96 @@
+"""What layers that are made of layers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_invflows.core import memo
+from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.latents import ONLY_OWN_SAMPLE, is_exact, noise_flags
+from pyro_invflows.core.memo import FORWARD
+
+__all__ = ["Structure", "evaluate_part"]
+
+
+class Structure(Bijection):
+    """A layer made of other layers, its parts.
+
+    An author defines :meth:`named_parts` (whose names are attributes of the module, or numbers in it), calls
+    :meth:`settle` at the end of the constructor, and evaluates the parts by :func:`evaluate_part` and
+    ``part.evaluate_inverse(y)``, scores them by ``part._log_det(x, y, aux)``.
+    """
+
+    #: Whether nothing but the structure's own last sample can be inverted (``Slice(score="sample")``).
+    only_own_sample = False
+
+    def settle(self) -> None:
+        """Read off the parts what holds for the whole."""
+        self.opaque = any(part.opaque for part in self.parts)
+        self.draws_forward, self.draws_inverse, self.only_own_sample = noise_flags(self)
+        # no cache but the only answer: kept whatever the cache size, and not used up
+        self._sample: memo.Entry | None = None
+
+    @property
+    def parts(self) -> tuple[Bijection, ...]:
+        """The parts, first one first."""
+        return tuple(part for _, part, _ in self.named_parts())
+
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return all(part.bijective for part in self.parts)
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return is_exact(self)
+
+    def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
+        for part in reversed(self.parts) if inverse else self.parts:
+            yield from part.leaves(inverse)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The broadcast of the parts' batch shapes, less what counts as event dimensions to the whole."""
+        shapes = [(part.batch_shape, extra) for _, part, extra in self.named_parts()]
+        return torch.broadcast_shapes(*(shape[: max(len(shape) - extra, 0)] for shape, extra in shapes))
+
+    def evaluate(self, x: Tensor) -> tuple[Tensor, Any]:
+        y, aux = super().evaluate(x)
+        if self.only_own_sample:
+            self._sample = memo.new_entry(self, x, y, aux, FORWARD)
+        return y, aux
+
+    def evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Any]:
+        if not self.only_own_sample:
+            return super().evaluate_inverse(y)
+        sample = self._sample
+        if sample is None or sample.y is not y or not memo.is_fresh(self, sample):
+            raise ValueError(ONLY_OWN_SAMPLE)
+        return sample.x, sample.aux
+
+    def _aux(self, x: Tensor, y: Tensor) -> Any:
+        sample = self._sample
+        if sample is not None and sample.x is x and sample.y is y and memo.is_fresh(self, sample):
+            return sample.aux
+        return super()._aux(x, y)
+
+    def clear_cache(self) -> None:
+        """Forget the last evaluation, of the parts too."""
+        super().clear_cache()
+        self._sample = None
+        for part in self.parts:
+            part.clear_cache()
+
+    def _copied_state(self) -> dict[str, Any]:
+        return super()._copied_state() | {"_sample": None}
+
+
+def evaluate_part(part: Bijection, x: Tensor) -> tuple[Tensor, Any]:
+    """Return y and aux of a part. Module hooks, which fire only through the module's own call, are heeded."""
+    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+        y = part(x)
+        return y, part._aux(x, y)
+    return part.evaluate(x)
