@@ -14,6 +14,7 @@ from torch.distributions import TransformedDistribution as Transformed
 
 from pyro_invflows.core.bijection import Bijection, InverseView
 from pyro_invflows.core.events import event_dims, sum_rightmost
+from pyro_invflows.core.foreign import Foreign
 from pyro_invflows.core.latents import NoiseInjection, noise_flags
 from pyro_invflows.core.one_pass import with_one_pass
 from pyro_invflows.support.checks import positive_int
@@ -162,7 +163,8 @@ def _modules(distribution: Distribution) -> Iterator[nn.Module]:
                 if isinstance(part, nn.Module):
                     yield part
                 elif isinstance(part, Transform):
-                    yield from (leaf for leaf, _ in with_one_pass(part).leaves())
+                    for leaf, _ in with_one_pass(part).leaves():
+                        yield from leaf.children() if isinstance(leaf, Foreign) else [leaf]
 
 
 @register_kl(FlowDistribution, FlowDistribution)
