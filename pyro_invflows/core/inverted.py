@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import ConditionalTransform
 from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
@@ -43,6 +44,11 @@ class Inverted(Structure):
     layer: Bijection
 
     def __init__(self, layer: Transform, *, cache_size: int = 1) -> None:
+        if isinstance(layer, ConditionalTransform):
+            raise TypeError(
+                f"Inverted: expected a transform, got {type(layer).__name__}. Invert the layer that it conditions: "
+                "Conditional(Inverted(layer), ...)."
+            )
         inner = as_bijection(layer, owner="Inverted")
         super().__init__(cache_size=cache_size)
         self.layer = inner
