@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types tutorials bench docs clean
+.PHONY: demo test test-newest lint types tutorials bench docs clean
 
 # torch first and pinned: any later request is then satisfied and pulls no other build
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -23,6 +23,18 @@ demo: $(VENV)/.tutorials
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q --numprocesses 2
+
+# the newest torch that pip finds, in an environment of its own: on Linux that is a CUDA build of several GB
+NEWEST := .venv-newest
+$(NEWEST)/.test: pyproject.toml constraints.txt
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep -v '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(NEWEST)/constraints.txt \
+		--upgrade --editable ".[test]"
+	touch $@
+
+test-newest: $(NEWEST)/.test
+	$(NEWEST)/bin/python -m pytest -q --numprocesses 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -46,4 +58,4 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info site tutorials/output
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info site tutorials/output

@@ -291,7 +291,7 @@ def test_priors_and_hmc():
     assert ((x.mean(0) - exact.mean(0)).abs() < 0.6 * exact.std(0)).all()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 @pytest.mark.parametrize("make", [pf.planar, pf.radial, pf.sylvester, pf.generalized_sylvester])
 def test_a_traced_inverse_is_right_for_other_parameters(make):
     """A trace keeps all steps, not those that the first parameters, the identity's, took."""
