@@ -119,8 +119,11 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("path", PATHS)
+EVERY_PATH = [(path, torch.float64) for path in PATHS]
+EVERY_DTYPE = [(path, dtype) for path in ("Flow", "chain without memo") for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("path", "dtype"), EVERY_PATH + EVERY_DTYPE, ids=str)
 @pytest.mark.parametrize("case", BOUNDED)
 def test_unreachable_points_have_density_zero(case, path, dtype):
     parts = flow_parts(case, dtype)
