@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import CASES, scatter
-from torch.distributions import ComposeTransform, IndependentTransform, constraints
+from torch.distributions import ComposeTransform, IndependentTransform, constraints, transforms
 
 import pyro_invflows as pf
 from pyro_invflows.testing import jacobian_log_det
@@ -154,8 +154,8 @@ def test_last_layer(case):
             kind(base(), [layer]).log_prob(y)
         assert (kind(base(), [layer], validate_args=False).log_prob(y) == -math.inf).all()
     torch.distributions.Distribution.set_default_validate_args(False)  # as torch.compile does
-    for transforms in ([layer], [pf.Chain([layer])], [layer.with_cache(0)]):
-        assert (pf.Flow(base(), transforms)().log_prob(y) == -math.inf).all()
+    for parts in ([layer], [pf.Chain([layer])], [layer.with_cache(0)]):
+        assert (pf.Flow(base(), parts)().log_prob(y) == -math.inf).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -359,6 +359,28 @@ def test_particles_out_of_reach(case):
     log_prob = flow.log_prob(y, num_particles=200)
     assert log_prob[0].isfinite()
     assert log_prob[1] == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("transform", "clamps"),
+    [
+        (transforms.SigmoidTransform(), True),
+        (transforms.TanhTransform(), False),
+        (transforms.ExpTransform(), False),
+        (transforms.SoftplusTransform(), False),
+        (dist.transforms.ELUTransform(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_foreign_transforms(transform, clamps):
+    """One that clamps has density 0 outside; the others say NaN, which nobody takes for a density."""
+    parts = [scatter(pf.diagonal(DIM)).double(), transform, scatter(pf.diagonal(DIM)).double()]
+    y = parts[-1](torch.tensor([[0.5, 0.5], [-3.0, 0.5], [0.5, -1.1]], dtype=torch.float64)).detach()
+    torch.distributions.Distribution.set_default_validate_args(False)
+    for path in ("Flow", "FlowDistribution", "chain", "one pass", "independent", "compose"):
+        log_prob = PATHS[path](parts, y)
+        assert log_prob[0].isfinite()
+        assert (log_prob[1:] == -math.inf).all() if clamps else log_prob[1:].isnan().all()
 
 
 # ---------------------------------------------------------------------- maximum likelihood

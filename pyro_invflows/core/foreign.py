@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributions import Transform, constraints
 from torch.distributions.transforms import ReshapeTransform
 
 from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.events import out_of_reach
 from pyro_invflows.support.checks import described
 
 __all__ = ["Foreign", "as_bijection", "stands_for"]
@@ -71,7 +73,8 @@ class Foreign(Bijection):
     What it holds besides modules, tensors, numbers and constraints (a closure, say) cannot be seen. Then nothing is
     remembered of it, nor of what holds it, and :class:`~pyro_invflows.Chain` does not recompute; its ``repr`` says so.
 
-    **Forward**, **Inverse**, **Log-det**: the transform's; where it has no inverse, that raises what it raises.
+    **Forward**, **Inverse**, **Log-det**: the transform's; where it has no inverse, that raises what it raises. A y
+    outside a codomain that is an interval or a half-line has the log-det +inf: torch's SigmoidTransform clamps it.
 
     Args:
         transform: The transform. A module is shared; of any other a copy is kept.
@@ -198,7 +201,9 @@ class Foreign(Bijection):
         return self._copy()
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
-        return aux.log_abs_det_jacobian(x, y)
+        ladj = aux.log_abs_det_jacobian(x, y)
+        outside = out_of_reach(y, self.codomain)
+        return ladj if outside is None else ladj.masked_fill(outside, math.inf)
 
     def _copied_state(self) -> dict[str, Any]:
         held = None if self._held is None else _without_cache(self._held)
