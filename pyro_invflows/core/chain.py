@@ -19,7 +19,7 @@ from pyro_invflows.core.kinds import Elementwise, VolumePreserving
 from pyro_invflows.core.recompute import recompute
 from pyro_invflows.core.structure import Structure, evaluate_part
 from pyro_invflows.support.checks import described
-from pyro_invflows.support.modes import in_functorch, is_any_autocast
+from pyro_invflows.support.derivatives import in_reverse_mode_only
 
 __all__ = ["Chain", "stack"]
 
@@ -254,14 +254,7 @@ class Chain(Structure, nn.ModuleList):
         return torch.zeros_like(x) if total is None else total
 
     def _recomputes(self) -> bool:
-        return (
-            self.recompute
-            and not self.opaque
-            and not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and not is_any_autocast()
-            and not in_functorch()
-        )
+        return self.recompute and not self.opaque and in_reverse_mode_only()
 
     def __repr__(self) -> str:
         lines = [f"  ({i}): " + repr(part).replace("\n", "\n  ") for i, part in enumerate(self.parts)]

@@ -5,17 +5,16 @@ errors of some per cent, sometimes a hang), and everything that stands on it: ``
 The batched QR factorisation is right, so large batched CPU matrices go through it.
 
 The forward-mode derivatives of ``solve`` and ``slogdet`` are wrong under ``vmap`` (``vmap(jacfwd(...))`` in torch 2.13:
-errors of many times the size), those of ``inv`` are right: under ``torch.func`` everything stands on that one.
+errors of many times the size), and everywhere for the second derivative, which misses a term. Those of ``inv`` and
+``qr`` are right: in forward mode everything stands on them.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pyro_invflows.support.modes import in_functorch
+from pyro_invflows.support.modes import forward_levels, in_functorch
 from pyro_invflows.support.precision import HALF
 
 __all__ = ["log_abs_det", "solve"]
@@ -53,9 +52,7 @@ def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     if matrix.dtype in HALF:  # LAPACK has none
         return solve(matrix.float(), rhs.float()).to(rhs.dtype)
     if _lu_is_right(matrix):
-        if in_functorch():
-            return torch.linalg.inv(matrix) @ rhs
-        return torch.linalg.solve(matrix, rhs)
+        return torch.linalg.inv(matrix) @ rhs if forward_levels() else torch.linalg.solve(matrix, rhs)
     q, r = torch.linalg.qr(matrix)
     return torch.linalg.solve_triangular(r, q.mT @ rhs, upper=True)
 
@@ -75,31 +72,6 @@ def log_abs_det(matrix: Tensor) -> Tensor:
     _check_square(matrix, "log_abs_det")
     if matrix.dtype in HALF:
         return log_abs_det(matrix.float()).to(matrix.dtype)
-    if _lu_is_right(matrix):
-        return _LogDet.apply(matrix) if in_functorch() else torch.linalg.slogdet(matrix)[1]
-    return torch.linalg.qr(matrix)[1].diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
-
-
-class _LogDet(torch.autograd.Function):
-    """``log|det A|`` for ``torch.func``, its derivatives by the inverse."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix: Tensor) -> Tensor:
+    if _lu_is_right(matrix) and not forward_levels():
         return torch.linalg.slogdet(matrix)[1]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (matrix,) = ctx.saved_tensors
-        return grad[..., None, None] * torch.linalg.inv(matrix).mT
-
-    @staticmethod
-    def jvp(ctx: Any, change: Tensor) -> Tensor:
-        (matrix,) = ctx.saved_tensors
-        return (torch.linalg.inv(matrix).mT * change).sum((-2, -1))
+    return torch.linalg.qr(matrix)[1].diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_invflows import linalg
 from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
 from pyro_invflows.solvers.solution import Settings, finish, row_max, where_rows
-from pyro_invflows.support.derivatives import first_order_only
+from pyro_invflows.support.derivatives import first_order_only, steps_with_graph
 from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_tracing
 from pyro_invflows.support.precision import without_autocast
 
@@ -108,7 +108,7 @@ def implicit_gradient(
             return x
         if not functorch and not residual(x).requires_grad and not in_forward_mode():
             return x  # nothing to differentiate by: the leaf that a step makes must not look like it
-        for _ in range(2):
+        for _ in range(steps_with_graph()):
             x = _newton_step(residual, x, structure, event_dim, jacobian)
         return x
     if not torch.is_grad_enabled() and not in_forward_mode():
@@ -178,6 +178,7 @@ class _Attach(torch.autograd.Function):
         ctx.diagonal, ctx.jacobian, ctx.solver, ctx.owner = diagonal, jacobian, solver, owner
         ctx.x = x  # a constant
         ctx.save_for_backward(value)
+        ctx.save_for_forward(value)
         return x.clone()
 
     @staticmethod
@@ -190,16 +191,19 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         if ctx.structure == "elementwise":
-            return -tangent / _diagonal(ctx.residual, ctx.x, create_graph=False)[1]
-        if ctx.structure != "dense":
+            change = -tangent / _diagonal(ctx.residual, ctx.x, create_graph=False)[1]
+        elif ctx.structure == "dense":
+            with torch.no_grad():
+                closed = ctx.jacobian
+                jacobian = dense_jacobian(ctx.residual, ctx.x, ctx.event_dim) if closed is None else closed(ctx.x)
+            change = -linalg.solve(jacobian, tangent.reshape(*jacobian.shape[:-1], 1)).reshape(tangent.shape)
+        else:
             raise NotImplementedError(
                 f"{ctx.owner}: forward-mode derivatives need the dense or the elementwise structure, not "
                 f"{ctx.structure}; use reverse mode."
             )
-        with torch.no_grad():
-            closed = ctx.jacobian
-            jacobian = dense_jacobian(ctx.residual, ctx.x, ctx.event_dim) if closed is None else closed(ctx.x)
-        return -linalg.solve(jacobian, tangent.reshape(*jacobian.shape[:-1], 1)).reshape(tangent.shape)
+        (result,) = first_order_only([change], (tangent, *ctx.saved_tensors), ctx.owner + _FIRST_ORDER)
+        return result  # type: ignore[return-value]
 
 
 @torch.no_grad()

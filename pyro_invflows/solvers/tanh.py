@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyro_invflows.solvers.iterative import Newton
 from pyro_invflows.solvers.solution import Solution, Status, finish, is_blind
-from pyro_invflows.support.modes import in_forward_mode, in_functorch
+from pyro_invflows.support.derivatives import steps_with_graph
+from pyro_invflows.support.modes import forward_levels, in_forward_mode, in_functorch
 
 __all__ = ["solve_tanh", "tanh_root", "tanh_slope"]
 
@@ -192,12 +193,15 @@ def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: st
         True
     """
     settings = Newton() if settings is None else settings
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            s = finish(solve_tanh(c.detach(), d.detach(), settings), owner, settings)
+    else:
         root = _TanhRoot.apply if _needs_graph(c, d) else _TanhRoot.forward
-        return root(c, d, settings, owner)
-    with torch.no_grad():
-        s = finish(solve_tanh(c.detach(), d.detach(), settings), owner, settings)
-    for _ in range(2):  # Newton steps with a graph: the first gives first derivatives, the second up to third ones
+        s = root(c, d, settings, owner)
+        if forward_levels() < 2:
+            return s
+    for _ in range(steps_with_graph()):
         h = torch.tanh(s)
         s = s - (s - c + (d - 1) * h) / tanh_slope(h, d)
     return s

@@ -15,6 +15,8 @@ from pyro_invflows.linalg import rows_times
 from pyro_invflows.solvers.iterative import Newton
 from pyro_invflows.solvers.solution import Solution, finish, is_blind
 from pyro_invflows.solvers.tanh import _in_front, _needs_graph, _start, _status, solve_tanh, tanh_slope
+from pyro_invflows.support.derivatives import steps_with_graph
+from pyro_invflows.support.modes import forward_levels
 
 __all__ = ["solve_triangular_tanh", "triangular_tanh_root"]
 
@@ -271,12 +273,15 @@ def triangular_tanh_root(
         ConvergenceError: if a row did not converge and the settings say so.
     """
     settings = Newton(max_steps=8) if settings is None else settings
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        with torch.no_grad():
+            s = finish(solve_triangular_tanh(c.detach(), strict.detach(), d.detach(), settings), owner, settings)
+    else:
         root = _TriangularRoot.apply if _needs_graph(c, strict, d) else _TriangularRoot.forward
-        return root(c, strict, d, settings, owner)
-    with torch.no_grad():
-        s = finish(solve_triangular_tanh(c.detach(), strict.detach(), d.detach(), settings), owner, settings)
-    for _ in range(2):
+        s = root(c, strict, d, settings, owner)
+        if forward_levels() < 2:
+            return s
+    for _ in range(steps_with_graph()):
         h = torch.tanh(s)
         r = s - c + (d - 1) * h + rows_times(h, strict.mT)
         s = s - torch.linalg.solve_triangular(_newton_matrix(h, strict, d), r.unsqueeze(-1), upper=True).squeeze(-1)

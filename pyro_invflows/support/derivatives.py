@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_any_autocast, is_tracing
+from pyro_invflows.support.modes import derivative_levels, in_forward_mode, in_functorch, is_any_autocast, is_tracing
 
 __all__ = [
     "first_order_only",
     "gradients_with_graph",
     "in_reverse_mode_only",
     "outside_inference_mode",
+    "steps_with_graph",
 ]
 
 
@@ -30,6 +31,15 @@ def in_reverse_mode_only() -> bool:
     if is_any_autocast() or in_forward_mode() or is_tracing():
         return False
     return torch.is_grad_enabled()
+
+
+def steps_with_graph() -> int:
+    """Return how many Newton steps from a constant root bring every derivative that may be asked for.
+
+    Each step that keeps its graph doubles the order up to which derivatives are right, plus one: 1, 3, 7. Counted are
+    those that ``torch.func`` is taking and one more by autograd outside of it; never fewer than two steps.
+    """
+    return max(2, (derivative_levels() + 1).bit_length())
 
 
 def gradients_with_graph(
@@ -94,4 +104,8 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *changes: Any) -> None:
         raise NotImplementedError(ctx.message)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 __all__ = [
+    "derivative_levels",
+    "forward_levels",
     "functorch_level",
     "in_forward_mode",
     "in_functorch",
@@ -25,6 +28,28 @@ is_tracing = torch._C._is_tracing
 def functorch_level() -> int:
     """Return how many transforms of ``torch.func`` are active."""
     return torch._C._functorch.maybe_current_level() or 0
+
+
+def forward_levels() -> int:
+    """Return how many forward-mode derivatives are being taken, one of another: 2 in ``jacfwd(jacfwd(f))``.
+
+    An autograd function's ``jvp`` is seen by the innermost of them alone: the others take its result for a constant.
+    The same holds for torch's ``slogdet`` and ``solve``, and there the second derivative may be in any mode.
+    """
+    return _count_levels(TransformType.Jvp) or int(in_forward_mode())
+
+
+def derivative_levels() -> int:
+    """Return how many derivatives are being taken by ``torch.func``, one of another, in any mode."""
+    return _count_levels(TransformType.Jvp, TransformType.Grad)
+
+
+def _count_levels(*kinds: TransformType) -> int:
+    if not in_functorch():
+        return 0
+    if torch.compiler.is_compiling():  # the compiler cannot look any closer: assume what needs most care
+        return 2
+    return sum(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack())
 
 
 def in_forward_mode() -> bool:
