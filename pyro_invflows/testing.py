@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import io
+import operator
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch.distributions import Transform, biject_to
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
+from pyro_invflows.support.checks import is_int
 
 __all__ = [
     "BrokenPromiseError",
@@ -65,9 +68,9 @@ def sample_domain(
     event_dim = transform.domain.event_dim
     if event_shape is None:
         sizes = transform.trace_event({}) if isinstance(transform, Bijection) else {}
-        input_dim = getattr(transform, "input_dim", None)  # Pyro's layers
-        if not sizes and event_dim < 2 and isinstance(input_dim, int):
-            sizes = {-1: input_dim}
+        input_dim: Any = getattr(transform, "input_dim", None)  # Pyro's layers
+        if not sizes and event_dim < 2 and is_int(input_dim):
+            sizes = {-1: operator.index(input_dim)}
         if not all(axis in sizes for axis in range(-event_dim, 0)):
             raise ValueError(
                 f"The event shape of {type(transform).__name__} cannot be known; give event_shape, or points x."

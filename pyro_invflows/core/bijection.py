@@ -127,8 +127,8 @@ class Bijection(TransformModule):
         if input_dim is not None:
             self.input_dim = positive_int(input_dim, "input_dim", owner)
         self.dim = negative_axis(dim, owner)
-        if dim != -1:
-            self.domain = self.codomain = event_constraint(-dim)
+        if self.dim != -1:
+            self.domain = self.codomain = event_constraint(-self.dim)
         self._inv: Any = None
         self._batch_shape = torch.Size()
         self._memo: memo.Entry | None = None

@@ -18,7 +18,7 @@ from pyro_invflows.core.foreign import as_bijection, stands_for
 from pyro_invflows.core.kinds import Elementwise, VolumePreserving
 from pyro_invflows.core.recompute import recompute
 from pyro_invflows.core.structure import Structure, evaluate_part
-from pyro_invflows.support.checks import described
+from pyro_invflows.support.checks import described, is_int
 from pyro_invflows.support.derivatives import in_reverse_mode_only
 
 __all__ = ["Chain", "stack"]
@@ -313,7 +313,7 @@ def stack(repeats: int, factory: Callable[..., Transform], *args: Any, **kwargs:
         >>> len(chain)
         2
     """
-    if isinstance(repeats, bool) or not isinstance(repeats, int):
+    if not is_int(repeats):
         raise TypeError(f"stack: repeats must be an int, but got {repeats!r}; it comes first: stack(4, factory, dim).")
     if repeats < 1:
         raise ValueError(f"stack: repeats must be at least 1, but got {repeats}.")

@@ -85,12 +85,13 @@ class Conditional(nn.Module):
         self.context_dim = positive_int(context_dim, "context_dim", "Conditional")
         self.template = template
         own_event_dim = _event_dim(template)
-        if event_dim is not None and positive_int(event_dim, "event_dim", "Conditional", 0) < own_event_dim:
+        event_dim = own_event_dim if event_dim is None else positive_int(event_dim, "event_dim", "Conditional", 0)
+        if event_dim < own_event_dim:
             raise ValueError(
                 f"Conditional: {type(template).__name__} has {own_event_dim} event dimension(s), so event_dim must be "
                 f"at least that, but got {event_dim}."
             )
-        self._extra = 0 if event_dim is None else event_dim - own_event_dim
+        self._extra = event_dim - own_event_dim
         for name, width in _contexts(template):
             if width != context_dim:
                 raise ValueError(

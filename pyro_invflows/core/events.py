@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_invflows.support.checks import integer
+
 __all__ = ["event_constraint", "event_dims", "is_constant", "negative_axis", "out_of_reach", "sum_rightmost"]
 
 _REAL_EVENTS: dict[int, constraints.Constraint] = {n: constraints.independent(constraints.real, n) for n in range(1, 5)}
@@ -24,8 +26,7 @@ def event_constraint(event_dim: int) -> constraints.Constraint:
 
 def negative_axis(dim: int, owner: str) -> int:
     """Check a layer's ``dim``, which must count from the right."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{owner}: dim must be an int, but got {dim!r}.")
+    dim = integer(dim, "dim", owner)
     if not -4 <= dim <= -1:
         raise ValueError(
             f"{owner}: dim must be between -4 and -1, but got {dim}. It counts from the right and sets the "

@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Number
 from types import MethodType
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.distributions.transforms import ReshapeTransform
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import out_of_reach
-from pyro_invflows.support.checks import described
+from pyro_invflows.support.checks import described, is_int
 
 __all__ = ["Foreign", "as_bijection", "stands_for"]
 
@@ -151,8 +153,8 @@ class Foreign(Bijection):
     @property
     def input_dim(self) -> int | None:  # type: ignore[override]
         """Event size that Pyro's layers require; None where it is not known."""
-        size = getattr(self._inner, "input_dim", None)
-        return size if isinstance(size, int) else None
+        size: Any = getattr(self._inner, "input_dim", None)
+        return operator.index(size) if is_int(size) else None
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         if not isinstance(value, Tensor):  # the dtype is the transform's own affair
@@ -245,8 +247,8 @@ def _is_plain(value: Any, owner: Transform) -> bool:
         return value.__self__ is owner
     if isinstance(value, Transform) and not isinstance(value, nn.Module):
         return all(_is_plain(inner, value) for _, inner in _contents(value))
-    numbers = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
-    return isinstance(value, (*numbers, constraints.Constraint)) or inspect.isclass(value)
+    constants = (type(None), Number, str, torch.dtype, torch.device, constraints.Constraint)
+    return isinstance(value, constants) or inspect.isclass(value)
 
 
 def _modules_in(value: Any) -> Iterator[nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributions import constraints
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import out_of_reach
-from pyro_invflows.support.checks import positive_int
+from pyro_invflows.support.checks import is_int, positive_int
 
 __all__ = ["ContextLayer", "Elementwise", "VolumePreserving"]
 
@@ -35,7 +36,7 @@ class Elementwise(Bijection):
     def __init__(self, shape: int | Iterable[int] = (), *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         try:
-            self.shape = torch.Size((shape,) if isinstance(shape, int) else tuple(shape))
+            self.shape = torch.Size(map(operator.index, (shape,) if is_int(shape) else tuple(shape)))  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(f"{type(self).__name__}: shape must be a tuple of ints, but got {shape!r}.") from None
         if any(n < 0 for n in self.shape):

@@ -30,6 +30,7 @@ from pyro_invflows.linalg.singular import (
     power_iteration,
     rounding_factor,
 )
+from pyro_invflows.support.checks import is_int
 from pyro_invflows.support.derivatives import steps_with_graph
 from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import forward_levels, in_forward_mode, in_functorch
@@ -82,7 +83,7 @@ def spectral_norm(
     for name, value in (("atol", atol), ("rtol", rtol)):
         if value is not None and not value >= 0:
             raise ValueError(f"spectral_norm: {name} must be None or at least 0, but got {value!r}.")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
+    if not is_int(max_steps) or max_steps < 0:
         raise ValueError(f"spectral_norm: max_steps must be an int of at least 0, but got {max_steps!r}.")
     a = _double(matrix)
     with torch.no_grad(), without_autocast(a):

@@ -22,7 +22,7 @@ from pyro_invflows import linalg
 from pyro_invflows.networks.activations import LipSwish, value_and_slope
 from pyro_invflows.networks.dense import dense_network
 from pyro_invflows.networks.linearisation import Linearisation
-from pyro_invflows.support.checks import activation_constructor, positive_int, widths
+from pyro_invflows.support.checks import activation_constructor, is_int, positive_int, widths
 from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import functorch_level
@@ -132,8 +132,8 @@ class LinearContraction(nn.Module):
     def __init__(self, in_features: int, out_features: int, lipschitz: float = 0.97, *, bias: bool = True) -> None:
         super().__init__()
         self.lipschitz = check_lipschitz(lipschitz, "LinearContraction")
-        positive_int(in_features, "in_features", "LinearContraction")
-        positive_int(out_features, "out_features", "LinearContraction")
+        in_features = positive_int(in_features, "in_features", "LinearContraction")
+        out_features = positive_int(out_features, "out_features", "LinearContraction")
         linear = nn.Linear(in_features, out_features, bias=bias)
         self.in_features, self.out_features = in_features, out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -178,10 +178,11 @@ class Conv2dContraction(nn.Module):
     ) -> None:
         super().__init__()
         self.lipschitz = check_lipschitz(lipschitz, "Conv2dContraction")
-        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or not kernel_size % 2:
+        if not is_int(kernel_size) or kernel_size < 1 or not kernel_size % 2:
             raise ValueError(f"Conv2dContraction: kernel_size must be odd, but got {kernel_size!r}.")
-        positive_int(in_channels, "in_channels", "Conv2dContraction")
-        positive_int(out_channels, "out_channels", "Conv2dContraction")
+        kernel_size = int(kernel_size)
+        in_channels = positive_int(in_channels, "in_channels", "Conv2dContraction")
+        out_channels = positive_int(out_channels, "out_channels", "Conv2dContraction")
         convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.weight, self.bias = convolution.weight, convolution.bias
@@ -241,7 +242,7 @@ class ContractiveMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.lipschitz = check_lipschitz(lipschitz, "ContractiveMLP")
-        positive_int(input_dim, "input_dim", "ContractiveMLP")
+        input_dim = positive_int(input_dim, "input_dim", "ContractiveMLP")
         hidden_dims = widths(hidden_dims, "ContractiveMLP", minimum=1)
         sizes = [input_dim, *hidden_dims, input_dim]
         self.layers: Any = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(sizes))
@@ -350,7 +351,7 @@ def contractive_conv_network(
         ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
     """
     check_lipschitz(lipschitz, "contractive_conv_network")
-    positive_int(channels, "channels", "contractive_conv_network")
+    channels = positive_int(channels, "channels", "contractive_conv_network")
     hidden = widths(hidden_channels, "contractive_conv_network", "hidden_channels", minimum=1)
     sizes = [channels, *hidden, channels]
     activations = make_activations(activation, len(hidden), "contractive_conv_network")

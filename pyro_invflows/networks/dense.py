@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from pyro_invflows.support.checks import activation_constructor, widths
+from pyro_invflows.support.checks import activation_constructor, is_int, positive_int, widths
 
 __all__ = ["conv_network", "dense_network"]
 
@@ -33,6 +33,8 @@ def dense_network(
         ``nn.Sequential`` of linear layers and activations, ``(*B, in_features) -> (*B, out_features)``.
     """
     activation_constructor(activation, "dense_network")
+    in_features = positive_int(in_features, "in_features", "dense_network", minimum=0)
+    out_features = positive_int(out_features, "out_features", "dense_network", minimum=0)
     sizes = [in_features, *widths(hidden_dims, "dense_network"), out_features]
     layers: list[nn.Module] = []
     for i, (n, m) in enumerate(pairwise(sizes)):
@@ -75,16 +77,18 @@ def conv_network(
         ValueError: if there is no convolution for ``spatial_dims``.
     """
     convolutions: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-    if spatial_dims not in convolutions:
+    if not is_int(spatial_dims) or int(spatial_dims) not in convolutions:
         raise ValueError(f"conv_network: spatial_dims must be 1, 2 or 3, but got {spatial_dims!r}.")
     activation_constructor(activation, "conv_network")
+    in_channels = positive_int(in_channels, "in_channels", "conv_network")
+    out_channels = positive_int(out_channels, "out_channels", "conv_network")
     sizes = [in_channels, *widths(hidden_channels, "conv_network", "hidden_channels"), out_channels]
     layers: list[nn.Module] = []
     for i, (n, m) in enumerate(pairwise(sizes)):
         if i:
             layers.append(activation())
         width = 3 if i in (0, len(sizes) - 2) else 1
-        layers.append(convolutions[spatial_dims](n, m, width, padding=width // 2))
+        layers.append(convolutions[int(spatial_dims)](n, m, width, padding=width // 2))
     if zero_output:
         _zero(layers[-1])
     return nn.Sequential(*layers)

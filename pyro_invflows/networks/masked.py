@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_invflows.support.checks import activation_constructor, widths
+from pyro_invflows.support.checks import activation_constructor, positive_int, widths
 from pyro_invflows.support.constants import HoldsConstants
 
 __all__ = ["MaskedLinear", "masked_network"]
@@ -69,6 +69,9 @@ def masked_network(
         ``nn.Sequential``, ``(*B, D + context_dim) -> (*B, num_outputs * D)``; the first D outputs belong to the
         coordinates 1 to D, the next D again, and so on.
     """
+    input_dim = positive_int(input_dim, "input_dim", "masked_network")
+    num_outputs = positive_int(num_outputs, "num_outputs", "masked_network")
+    context_dim = positive_int(context_dim, "context_dim", "masked_network", minimum=0)
     degrees = [[*range(1, input_dim + 1), *[0] * context_dim]]
     activation_constructor(activation, "masked_network")
     # A unit of degree k sees the inputs up to k; those of degree 0 see the context only.

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_invflows import linalg
 from pyro_invflows.solvers.rows import Residual, State, Step, iterate
 from pyro_invflows.solvers.solution import Settings, Solution, in_transform, where_rows
+from pyro_invflows.support.checks import is_int
 from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import in_functorch
 
@@ -96,7 +97,7 @@ class Anderson(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 1:
+        if not is_int(self.memory) or self.memory < 1:
             raise ValueError(f"Anderson: memory must be an int of at least 1, but got {self.memory!r}.")
 
     def __call__(
@@ -173,7 +174,7 @@ class Newton(Settings):
         super().__post_init__()
         for name in ("max_halvings", "polish"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if not is_int(value) or value < 0:
                 raise ValueError(f"Newton: {name} must be an int of at least 0, but got {value!r}.")
 
     def __call__(

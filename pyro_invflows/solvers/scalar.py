@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.solvers.solution import Settings, Solution, Status, in_transform
+from pyro_invflows.support.checks import is_int
 
 __all__ = ["Bisection"]
 
@@ -48,7 +49,7 @@ class Bisection(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.max_growth, bool) or not isinstance(self.max_growth, int) or self.max_growth < 0:
+        if not is_int(self.max_growth) or self.max_growth < 0:
             raise ValueError(f"Bisection: max_growth must be an int of at least 0, but got {self.max_growth!r}.")
         if not 0 < self.shrink <= 1:
             raise ValueError(f"Bisection: shrink must be in (0, 1], but got {self.shrink!r}.")

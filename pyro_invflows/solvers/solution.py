@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_invflows.support.checks import is_int
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning
 from pyro_invflows.support.modes import in_functorch, is_tracing
 
@@ -87,7 +88,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{owner}: {name} must be None or at least 0, but got {value!r}.")
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 0:
+        if not is_int(self.max_steps) or self.max_steps < 0:
             raise ValueError(f"{owner}: max_steps must be an int of at least 0, but got {self.max_steps!r}.")
         if self.on_failure not in _ON_FAILURE:
             raise ValueError(f"{owner}: on_failure must be one of {_ON_FAILURE}, but got {self.on_failure!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -15,15 +16,34 @@ __all__ = [
     "derivative_order",
     "described",
     "floating_tensor",
+    "integer",
+    "is_int",
     "positive_int",
     "widths",
 ]
 
 
-def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
-    """Check a structural size."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def is_int(value: Any) -> bool:
+    """Whether a value is an integer, those of numpy and torch included, and not a bool."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def integer(value: Any, name: str, owner: str) -> int:
+    """Check an integer, and return it as Python's own."""
+    if not is_int(value):
         raise TypeError(f"{owner}: {name} must be an int, but got {value!r}.")
+    return operator.index(value)
+
+
+def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
+    """Check a structural size, and return it as Python's own integer."""
+    value = integer(value, name, owner)
     if value < minimum:
         raise ValueError(f"{owner}: {name} must be at least {minimum}, but got {value}.")
     return value

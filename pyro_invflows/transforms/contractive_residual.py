@@ -299,7 +299,7 @@ def contractive_residual(
         ValueError: if ``lipschitz`` is out of range, the activation is steeper than 1, ``dim`` is neither -1 nor -3, or
             images come with a context.
     """
-    positive_int(input_dim, "input_dim", "contractive_residual")
+    input_dim = positive_int(input_dim, "input_dim", "contractive_residual")
     net: nn.Module
     if dim == -1:
         net = ContractiveMLP(

@@ -86,7 +86,8 @@ class AffineCoupling(ContextLayer):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim, dim=dim, cache_size=cache_size)
-        self.split_dim = positive_int(split_dim, "split_dim", "AffineCoupling", minimum=0)
+        input_dim, context_dim = self.input_dim, self.context_dim
+        self.split_dim = split_dim = positive_int(split_dim, "split_dim", "AffineCoupling", minimum=0)
         if input_dim is not None and split_dim >= input_dim:
             raise ValueError(
                 f"AffineCoupling: split_dim must be below input_dim, so that something is left to transform, but got "
@@ -236,7 +237,8 @@ def affine_coupling(
     Raises:
         ValueError: if ``split_dim`` leaves nothing to transform.
     """
-    positive_int(input_dim, "input_dim", "affine_coupling")
+    input_dim = positive_int(input_dim, "input_dim", "affine_coupling")
+    context_dim = positive_int(context_dim, "context_dim", "affine_coupling", minimum=0)
     negative_axis(dim, "affine_coupling")
     split_dim = input_dim // 2 if split_dim is None else positive_int(split_dim, "split_dim", "affine_coupling", 0)
     hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else widths(hidden_dims, "affine_coupling")

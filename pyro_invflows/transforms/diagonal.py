@@ -52,8 +52,11 @@ class Shift(VolumePreserving):
         True
     """
 
+    input_dim: int
+
     def __init__(self, input_dim: int, *, dim: int = -1, cache_size: int = 1) -> None:
         super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        input_dim = self.input_dim
         self.bias = nn.Parameter(torch.empty(input_dim))
         self.reset_parameters()
 
@@ -97,10 +100,12 @@ class Diagonal(Bijection):
         True
     """
 
+    input_dim: int
     sign_of_scale: Tensor
 
     def __init__(self, input_dim: int, *, bias: bool = True, dim: int = -1, cache_size: int = 1) -> None:
         super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        input_dim = self.input_dim
         self.log_scale = nn.Parameter(torch.empty(input_dim))
         self.bias = nn.Parameter(torch.empty(input_dim)) if bias else None
         self.register_buffer("sign_of_scale", torch.ones(input_dim))

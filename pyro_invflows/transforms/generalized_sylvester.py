@@ -99,6 +99,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim, cache_size=cache_size)
+        input_dim = self.input_dim
         owner = "GeneralizedSylvester"
         if order not in (1, 2):
             raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")

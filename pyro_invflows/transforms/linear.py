@@ -33,6 +33,7 @@ class _Reflecting(HoldsConstants, Bijection):
 
     def __init__(self, input_dim: int, *, num_reflections: int | None, dim: int, cache_size: int) -> None:
         super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        input_dim = self.input_dim
         if num_reflections is None:
             num_reflections = input_dim - input_dim % 2  # enough for every rotation, and it can start at the identity
         self.num_reflections = positive_int(num_reflections, "num_reflections", type(self).__name__, minimum=0)
@@ -113,6 +114,7 @@ class Orthogonal(_Reflecting, VolumePreserving):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, num_reflections=num_reflections, dim=dim, cache_size=cache_size)
+        input_dim = self.input_dim
         self.vectors = self._new_vectors()
         self.bias = nn.Parameter(torch.empty(input_dim)) if bias else None
         self.reset_parameters()
@@ -200,6 +202,7 @@ class SVDLinear(_Reflecting):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, num_reflections=num_reflections, dim=dim, cache_size=cache_size)
+        input_dim = self.input_dim
         self.left_vectors = self._new_vectors()
         self.log_scale = nn.Parameter(torch.empty(input_dim))
         self.right_vectors = self._new_vectors()

@@ -119,6 +119,7 @@ class LowRankResidual(Bijection):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
+        input_dim = self.input_dim
         owner = "LowRankResidual"
         if form not in FORMS:
             raise ValueError(f"{owner}: form must be one of {FORMS}, but got {form!r}.")
@@ -328,7 +329,7 @@ def iresnet(
         >>> len(chain)
         5
     """
-    positive_int(num_blocks, "num_blocks", "iresnet")
+    num_blocks = positive_int(num_blocks, "num_blocks", "iresnet")
     parts: list[Bijection] = []
     for i in range(num_blocks):
         if i:

@@ -58,6 +58,7 @@ class LowRankLinear(Bijection):
 
     def __init__(self, input_dim: int, rank: int | None = None, *, bias: bool = True, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
+        input_dim = self.input_dim
         rank = min(input_dim, 16) if rank is None else positive_int(rank, "rank", "LowRankLinear")
         if rank > input_dim:
             raise ValueError(

@@ -388,7 +388,7 @@ def whitened_noise(
         >>> noise().sample((5,)).shape, type(noise.transforms[0]).__name__
         (torch.Size([5, 3]), 'Whitening')
     """
-    positive_int(noise_dim, "noise_dim", "whitened_noise")
+    noise_dim = positive_int(noise_dim, "noise_dim", "whitened_noise")
     # nothing to validate, and on the meta device it could not be
     base = Independent(Normal(torch.zeros(noise_dim), torch.ones(noise_dim), validate_args=False), 1)
     return Flow(base, [Whitening(noise_dim, method=method, shrinkage=shrinkage, trainable=trainable)])
@@ -453,8 +453,8 @@ def multi_scale(
         >>> flow().sample((5,)).shape, sorted(chain.latents(torch.randn(5, 8)))
         (torch.Size([5, 8]), ['base', 'scale1', 'scale2'])
     """
-    positive_int(input_dim, "input_dim", "multi_scale")
-    positive_int(num_scales, "num_scales", "multi_scale")
+    input_dim = positive_int(input_dim, "input_dim", "multi_scale")
+    num_scales = positive_int(num_scales, "num_scales", "multi_scale")
     if dim not in (-1, -3):
         raise ValueError(f"multi_scale: dim must be -1, for vectors, or -3, for images, but got {dim!r}.")
     if dim == -1 and input_dim % 2 ** (num_scales - 1):

@@ -76,6 +76,7 @@ class Planar(Bijection):
 
     def __init__(self, input_dim: int, *, solver: Newton | None = None, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
+        input_dim = self.input_dim
         self.solver = check_newton(solver, Newton(), "Planar")
         self.u = nn.Parameter(torch.empty(input_dim))
         self.w = nn.Parameter(torch.empty(input_dim))
@@ -158,6 +159,7 @@ class Radial(Bijection):
 
     def __init__(self, input_dim: int, *, cache_size: int = 1) -> None:
         super().__init__(input_dim, cache_size=cache_size)
+        input_dim = self.input_dim
         self.centre = nn.Parameter(torch.empty(input_dim))
         self.raw_alpha = nn.Parameter(torch.empty(1))
         self.raw_beta = nn.Parameter(torch.empty(1))

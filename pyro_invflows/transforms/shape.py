@@ -167,7 +167,7 @@ def permute(
     Raises:
         ValueError: if the permutation has another size.
     """
-    positive_int(input_dim, "input_dim", "permute")
+    input_dim = positive_int(input_dim, "input_dim", "permute")
     if permutation is None:
         permutation = torch.randperm(input_dim, generator=generator)
     layer = Permute(permutation, dim=dim)

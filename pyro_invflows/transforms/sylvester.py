@@ -88,6 +88,7 @@ class Sylvester(HoldsConstants, Bijection):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
+        input_dim = self.input_dim
         m = min(input_dim, 32) if hidden_dim is None else positive_int(hidden_dim, "hidden_dim", "Sylvester")
         if m > input_dim:
             raise ValueError(

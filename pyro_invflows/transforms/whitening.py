@@ -106,6 +106,7 @@ class Whitening(Bijection):
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, dim=dim, cache_size=cache_size)
+        input_dim = self.input_dim
         if method not in _METHODS:
             raise ValueError(f"Whitening: method must be one of {', '.join(_METHODS)}, but got {method!r}.")
         number = isinstance(shrinkage, (int, float)) and not isinstance(shrinkage, bool)
