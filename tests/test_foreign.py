@@ -9,10 +9,13 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from cases import scatter
-from torch.distributions import AffineTransform, IndependentTransform
+from test_memo import Counter
+from torch.distributions import AffineTransform, ComposeTransform, IndependentTransform
 
 import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj
+from pyro_invflows.core.foreign import Foreign, as_bijection
+from pyro_invflows.core.reinterpreted import Reinterpreted
 
 MODULES = {
     "spline": lambda: T.spline(4),
@@ -117,6 +120,94 @@ def test_networks_in_closures_are_seen(make):
         sum(t.sum() for t in call_and_ladj(layer, x)).backward()
         grads.append([p.grad.clone() for p in conditional.parameters()])
     torch.testing.assert_close(*grads)
+
+
+def test_the_door():
+    """What a transform becomes; a layer stays itself."""
+    layer, planar = pf.diagonal(3), T.planar(3)
+    assert as_bijection(layer) is layer
+    for transform, kind in (
+        (layer.inv, pf.Inverted),
+        (planar.inv, pf.Inverted),
+        (IndependentTransform(layer, 1), Reinterpreted),
+        (ComposeTransform([layer, planar]), pf.Chain),
+        (planar, Foreign),
+        (AffineTransform(0.0, 2.0), Foreign),
+    ):
+        assert type(as_bijection(transform)) is kind
+    assert as_bijection(layer.inv).layer is layer
+    assert as_bijection(planar).transform is planar
+    assert as_bijection(ComposeTransform([layer, planar]))[0] is layer
+
+
+def test_a_foreign_tensor_is_a_buffer():
+    """It moves, is saved and loaded, and the transform that was given stays as it was."""
+    loc = torch.randn(4)
+    given = AffineTransform(loc, 2.0)
+    chain = pf.Chain([pf.shift(4), given])
+    assert chain[1].tensor_loc is loc
+    other = pf.Chain([pf.shift(4), AffineTransform(torch.zeros(4), 2.0)])
+    other.load_state_dict(chain.state_dict())
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(other(x), chain(x))
+    chain.double()
+    assert chain(x.double()).dtype == torch.float64
+    torch.testing.assert_close(chain(x.double()), loc.double() + 2.0 * x.double())
+    assert given.loc is loc
+    assert loc.dtype == torch.float32
+    twin = copy.deepcopy(chain)
+    with torch.no_grad():
+        twin[1].tensor_loc.add_(1.0)
+    torch.testing.assert_close(twin(x.double()), chain(x.double()) + 1.0)
+
+
+class Hidden(torch.distributions.Transform):
+    """Keeps what it depends on in a closure."""
+
+    domain = codomain = torch.distributions.constraints.real
+    bijective = True
+
+    def __init__(self, scale):
+        super().__init__()
+        self.function = lambda: scale
+
+    def _call(self, x):
+        return x * self.function()
+
+    def _inverse(self, y):
+        return y / self.function()
+
+    def log_abs_det_jacobian(self, x, y):
+        return self.function().abs().log().expand_as(x)
+
+
+def test_nothing_is_remembered_of_what_hides_its_tensors():
+    scale = torch.tensor(2.0, requires_grad=True)
+    x = torch.randn(5, 4)
+    chain = pf.Chain([pf.shift(4), Hidden(scale)], recompute=True)
+    assert "opaque" in repr(chain)
+    assert "opaque" not in repr(pf.Chain([AffineTransform(0.0, 2.0), T.planar(4), T.permute(4)]))
+    for layer in (chain, pf.Inverted(chain), pf.NumericalInverse(Hidden(scale)), pf.Chain([pf.Inverted(chain)])):
+        assert layer.opaque
+        y = layer(x)
+        assert layer._memo is None
+        with torch.no_grad():
+            scale.mul_(3.0)
+        torch.testing.assert_close(layer.inv(y), layer.inv(y.clone()))
+        assert not torch.allclose(layer.inv(y), x)
+        (grad,) = torch.autograd.grad(sum(t.sum() for t in call_and_ladj(layer, x)), scale)  # nor recomputed
+        assert grad != 0
+
+
+def test_the_inverse_view_uses_the_memo_of_its_layer():
+    layer = scatter(pf.affine_coupling(4, [8]))
+    base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(4), torch.ones(4)), 1)
+    d = pf.FlowDistribution(base, [layer.inv])
+    counter = Counter(layer)
+    d.log_prob(d.rsample((3,)))
+    assert counter.take() == 1
+    d.rsample_and_log_prob((3,))
+    assert counter.take() == 1
 
 
 def test_reconstruction_is_judged_by_the_size_of_each_event():

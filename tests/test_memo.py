@@ -13,7 +13,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import scatter
+import torch.utils.checkpoint
+from cases import SMALL, scatter
 
 import pyro_invflows as pf
 from pyro_invflows import inv_and_ladj
@@ -360,6 +361,26 @@ def test_forward_hooks_fire(x):
     assert ladj.shape == (5,)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_hooks_fire_inside_a_chain(x, recompute):
+    layer = scatter(pf.svd_linear(4))
+    seen = []
+    layer.register_full_backward_hook(lambda module, to_input, to_output: seen.append(to_output[0].clone()))
+    chain = pf.Chain([pf.shift(4), layer, pf.baird(4)], recompute=recompute)
+    y, ladj = pf.call_and_ladj(chain, x.requires_grad_())
+    grads = torch.autograd.grad((y.square() + ladj.unsqueeze(-1)).sum(), [x, *layer.parameters()])
+    (to_output,) = seen
+    middle = layer(chain[0](x)).detach().requires_grad_()
+    out, term = pf.call_and_ladj(chain[2], middle)
+    (expected,) = torch.autograd.grad(out.square().sum() + 4 * term.sum(), middle)
+    torch.testing.assert_close(to_output, expected)
+    layer._backward_hooks.clear()
+    y, ladj = pf.call_and_ladj(chain, x)
+    plain = torch.autograd.grad((y.square() + ladj.unsqueeze(-1)).sum(), [x, *layer.parameters()])
+    for a, b in zip(grads, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_requires_grad_is_part_of_the_stamp():
     """Staged training: what was frozen while sampling must not stay without gradient."""
     chain = scatter(pf.Chain([pf.diagonal(3), pf.svd_linear(3)]), 0.3)
@@ -449,9 +470,78 @@ def test_a_used_layer_is_no_reference_cycle():
     try:
         layer = conditional.condition(torch.randn(10, 2))
         y = layer(torch.randn(10, 4))
-        y.sum().backward()
+        inverse = layer.inv
+        assert layer.inv is inverse
+        assert inverse.inv is layer
+        (y + inverse(y.detach())).sum().backward()
         alive = [weakref.ref(layer), weakref.ref(y)]
-        del layer, y
+        del layer, y, inverse
         assert [ref() for ref in alive] == [None, None]
     finally:
         gc.enable()
+
+
+# ---------------------------------------------------------------------- for every layer
+
+
+def _optimisers(parameters):
+    yield from (make(parameters) for make in OPTIMISERS.values())
+    yield torch.optim.Adam(parameters, lr=0.01)
+    yield torch.optim.SGD(parameters, lr=0.01, momentum=0.9, foreach=True)
+    yield torch.optim.RMSprop(parameters, lr=0.01)
+
+
+@pytest.mark.parametrize(("case", "dim"), SMALL)
+def test_training_with_and_without_it_is_the_same(case, dim):
+    """Sample, score, step, score the same tensor again: under seven optimisers."""
+    template = case.build(dim)
+    if not list(template.parameters()):
+        pytest.skip("nothing to train")
+    noise = case.points(dim, (5,))
+    trained = []
+    for cache_size in (0, 1):
+        results = []
+        for i in range(len(OPTIMISERS) + 3):
+            layer = copy.deepcopy(template).with_cache(cache_size)
+            optimiser = list(_optimisers([p for p in layer.parameters() if p.requires_grad]))[i]
+            for _ in range(2):
+                y = layer(noise)
+                x = layer.inv(y)
+                loss = layer.log_abs_det_jacobian(x, y).mean() + y.square().mean() - inv_and_ladj(layer, y)[1].mean()
+                optimiser.zero_grad()
+                loss.backward()
+                for p in layer.parameters():
+                    if p.grad is not None:
+                        p.grad.clamp_(-1.0, 1.0)
+                y = layer(noise)
+                optimiser.step()
+                results.append(torch.cat([t.detach().reshape(-1) for t in inv_and_ladj(layer, y)]))
+            results.append(torch.nn.utils.parameters_to_vector(layer.parameters()).detach())
+        trained.append(torch.cat(results))
+    cold, warm = trained
+    assert cold.isfinite().all()
+    assert ((cold - warm).abs() <= 1e-8 * (1 + cold.abs())).all()
+
+
+@pytest.mark.parametrize(("case", "dim"), SMALL)
+def test_checkpointing_a_score_of_a_fresh_sample(case, dim):
+    """The second run of a checkpointed region must do what the first one did, though a sample is remembered."""
+    layer = case.build(dim)
+    trained = [p for p in layer.parameters() if p.requires_grad and p.numel()]
+    if not trained:
+        pytest.skip("nothing to train")
+
+    def score(y):
+        x, ladj = inv_and_ladj(layer, y)
+        again = layer.inv(y)
+        return (ladj - x.square().flatten(ladj.dim()).sum(-1) if x.dim() > ladj.dim() else ladj).sum() + (
+            layer.log_abs_det_jacobian(again, y).sum()
+        )
+
+    points = case.points(dim, (3,))
+    y = layer(points)
+    (checkpointed,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(score, y, use_reentrant=False), trained[:1])
+    # the same without a memo, and without checkpointing
+    y = layer.with_cache(0)(points)
+    (plain,) = torch.autograd.grad(score(y.clone()), trained[:1])
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-7, atol=1e-9)
