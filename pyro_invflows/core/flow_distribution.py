@@ -78,7 +78,12 @@ class FlowDistribution(TransformedDistribution):
             return self._score(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         scores = self._score(value.expand(num_particles, *shape))
-        return scores.logsumexp(0) - math.log(num_particles) if draws else scores.mean(0)
+        if not draws:
+            return scores.mean(0)
+        # A row whose particles are all out of reach: the gradient of its logsumexp would be NaN.
+        lost = (scores == -math.inf).all(0)
+        mean = scores.masked_fill(lost, 0.0).logsumexp(0) - math.log(num_particles)
+        return mean.masked_fill(lost, -math.inf)
 
     def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer.
