@@ -145,6 +145,7 @@ CALLED = r"expected a transform, got a function; did you mean affine_coupling\(\
         (lambda: pf.stack(4, coupling()), r"builds a new layer at each call.*stack\(4, affine_coupling, .*got AffineC"),
         (lambda: pf.stack(4, pf.conditional_shift(4, 2)), "builds a new layer at each call.*got Conditional"),
         (lambda: pf.stack(4, [coupling()]), "builds a new layer at each call.*got list"),
+        (lambda: pf.stack(4, pf.shift, 2, between=pf.permute(2)), "between must be a function that .*between=permute"),
         (lambda: vectors_flow().sample(3), r"sample: sample_shape must be a tuple, such as \(3,\), but got 3"),
         (lambda: vectors_flow().rsample(3), r"rsample: sample_shape must be a tuple, such as \(3,\)"),
         (lambda: vectors_flow().rsample_and_log_prob(3), r"rsample_and_log_prob: sample_shape must be a tuple"),

@@ -196,6 +196,14 @@ def test_stack():
         pf.stack(pf.shift, 2)
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 4])
+def test_stack_with_a_layer_between_two(repeats):
+    chain = pf.stack(repeats, pf.affine_coupling, 5, between=pf.permute, hidden_dims=[8], keep="last")
+    assert [type(part) for part in chain] == [pf.AffineCoupling, *[pf.Permute, pf.AffineCoupling] * (repeats - 1)]
+    assert len({id(part) for part in chain}) == 2 * repeats - 1  # each is built anew
+    assert all(part.keep == "last" for part in chain[::2])  # keywords are the factory's alone
+
+
 # ---------------------------------------------------------------------- one-pass functions on foreign transforms
 
 
