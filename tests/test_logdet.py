@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_invflows as pf
-from pyro_invflows.logdet import Exact, PowerSeries, RussianRoulette
+from pyro_invflows.logdet import Exact, LogDet, PowerSeries, RussianRoulette
 from pyro_invflows.networks import ContractiveMLP, LinearContraction, contractive_conv_network, linearise
 from pyro_invflows.testing import jacobian_log_det
 
@@ -231,6 +231,56 @@ def test_bad_input():
     y = layer(torch.zeros(2, 5))  # sampling needs no log-det
     with pytest.raises(ValueError, match="max_event_size=4"):
         layer.log_abs_det_jacobian(torch.zeros(2, 5), y)
-    for bad in ("exact", Exact):
-        with pytest.raises(TypeError, match=r"logdet.Exact\(\)"):
+    for bad in ("exact", Exact, lambda linearisation, event_dim: 0.0):
+        with pytest.raises(TypeError, match=r"logdet.Exact\(\).*derived from logdet.LogDet"):
             pf.contractive_residual(5, log_det=bad)
+    with pytest.raises(NotImplementedError, match=r"Empty must define __call__\(linearisation, event_dim\)"):
+        pf.call_and_ladj(pf.contractive_residual(5, log_det=type("Empty", (LogDet,), {})()), torch.zeros(2, 5))
+
+
+class TwoTerms(LogDet):
+    """The first two terms of the series, without noise."""
+
+    def __call__(self, linearisation, event_dim=1):
+        jacobian = linearisation.jacobian()
+        return (jacobian - jacobian @ jacobian / 2).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+class Weighted(LogDet, torch.nn.Module):
+    """One that learns: a module, whose parameters are the layer's."""
+
+    exact = True
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def __call__(self, linearisation, event_dim=1):
+        return self.weight * Exact()(linearisation, event_dim)
+
+
+@pytest.mark.parametrize("dim", [-1, -3])
+def test_an_estimator_of_ones_own(dim):
+    layer = scattered(pf.contractive_residual(2, [3], dim=dim, log_det=TwoTerms()))
+    x = torch.randn(4, *(2,) if dim == -1 else (2, 3, 3), dtype=F64)
+    jacobian = torch.stack(
+        [torch.autograd.functional.jacobian(layer, event).reshape(2 * [event.numel()]) for event in x]
+    )
+    j = jacobian - torch.eye(jacobian.shape[-1], dtype=F64)
+    expected = torch.einsum("bii->b", j) - torch.einsum("bij,bji->b", j, j) / 2
+    y, ladj = pf.call_and_ladj(layer, x)
+    torch.testing.assert_close(ladj, expected)
+    torch.testing.assert_close(pf.inv_and_ladj(layer, y.detach().clone())[1], -expected)
+    assert not layer.exact
+    base = torch.distributions.Independent(torch.distributions.Normal(torch.zeros_like(x[0]), 1.0), -dim)
+    assert not pf.Flow(base, [layer]).transforms.exact
+    assert torch.autograd.grad(ladj.sum(), next(layer.parameters()))[0].abs().max() > 0
+
+
+def test_an_estimator_that_learns():
+    layer = scattered(pf.contractive_residual(3, [8], log_det=Weighted()))
+    assert layer.exact
+    assert "log_det.weight" in dict(layer.named_parameters())
+    x = torch.randn(4, 3, dtype=F64)
+    expected = jacobian_log_det(lambda x: x + layer.net(x), x, 1)
+    torch.testing.assert_close(layer.log_abs_det_jacobian(x, layer(x)), layer.log_det.weight * expected)

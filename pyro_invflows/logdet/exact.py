@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
+from pyro_invflows.logdet.base import LogDet
 from pyro_invflows.support.checks import positive_int
 
 __all__ = ["Exact"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact:
+class Exact(LogDet):
     r"""Computes :math:`\log\det(I + J)` from the Jacobian, in the fewest dimensions that the network allows.
 
     For a network in closed form (:class:`~pyro_invflows.networks.ContractiveMLP`) the determinant has the size of its
@@ -31,19 +32,13 @@ class Exact:
 
     max_event_size: int = 1024
 
-    #: Whether every call gives the same, unbiased number.
     exact = True
 
     def __post_init__(self) -> None:
         positive_int(self.max_event_size, "max_event_size", "Exact")
 
     def __call__(self, linearisation: Any, event_dim: int = 1) -> Tensor:
-        """Return ``log|det(I + J)|``, ``(*B,)``.
-
-        Args:
-            linearisation: g at x, as :func:`pyro_invflows.networks.linearise` makes it.
-            event_dim: Number of event dimensions.
-        """
+        """Return ``log|det(I + J)|``, ``(*B,)``, as :meth:`LogDet.__call__`."""
         value = linearisation.value
         size = value.shape[value.dim() - event_dim :].numel()
         if size > self.max_event_size:

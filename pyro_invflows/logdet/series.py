@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_invflows.logdet.base import LogDet
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.derivatives import first_order_only
 from pyro_invflows.support.modes import in_functorch
@@ -31,12 +32,9 @@ _FIRST_ORDER = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Series:
+class _Series(LogDet):
     num_probes: int = 1
     neumann_gradient: bool = True
-
-    #: Whether every call gives the same, unbiased number.
-    exact = False
 
     def __post_init__(self) -> None:
         positive_int(self.num_probes, "num_probes", type(self).__name__, 1)
@@ -46,12 +44,7 @@ class _Series:
         raise NotImplementedError
 
     def __call__(self, linearisation: Any, event_dim: int = 1) -> Tensor:
-        """Return an estimate of ``log|det(I + J)|``, ``(*B,)``, from torch's generator.
-
-        Args:
-            linearisation: g at x, as :func:`pyro_invflows.networks.linearise` makes it.
-            event_dim: Number of event dimensions.
-        """
+        """Return an estimate of ``log|det(I + J)|``, ``(*B,)``, from torch's generator; as :meth:`LogDet.__call__`."""
         if in_functorch():
             raise NotImplementedError(
                 f"{type(self).__name__} draws a random number of terms and does not work under torch.func; use "

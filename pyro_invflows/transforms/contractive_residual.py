@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_invflows import linalg
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.core.kinds import ContextLayer
-from pyro_invflows.logdet import Exact, PowerSeries, RussianRoulette
+from pyro_invflows.logdet import Exact, LogDet
 from pyro_invflows.networks import (
     ContractiveMLP,
     Linearisation,
@@ -39,7 +39,6 @@ from pyro_invflows.support.precision import at_least_single, full_precision
 
 __all__ = ["ContractiveResidual", "conditional_contractive_residual", "contractive_residual"]
 
-_ESTIMATORS = PowerSeries, RussianRoulette
 #: Events of up to this size have a dense Jacobian in the inverse and its gradient.
 _SMALL_EVENT = 32
 #: Where the bound binds, a shorter memory takes twice the steps.
@@ -72,7 +71,8 @@ class ContractiveResidual(ContextLayer):
             events, row by row.
         dim: -1 for vectors, -3 for images ``(C, H, W)``; sets the event dimension.
         input_dim: D, where it should be checked.
-        log_det: ``logdet.Exact()``, ``logdet.RussianRoulette()`` or ``logdet.PowerSeries()``.
+        log_det: ``logdet.Exact()`` (the default), ``logdet.RussianRoulette()``, ``logdet.PowerSeries()``, or an
+            estimator of your own, derived from :class:`~pyro_invflows.logdet.LogDet`.
         order: Highest order of derivatives of the inverse, 1 or 2; 2 for small events only.
         solver: ``solvers.Newton``, ``Anderson`` or ``FixedPoint`` with settings of your own, instead of the default.
 
@@ -102,7 +102,7 @@ class ContractiveResidual(ContextLayer):
         *,
         dim: int = -1,
         input_dim: int | None = None,
-        log_det: Callable[..., Tensor] | None = None,
+        log_det: LogDet | None = None,
         order: int = 1,
         solver: Settings | None = None,
         cache_size: int = 1,
@@ -118,9 +118,10 @@ class ContractiveResidual(ContextLayer):
                 f"{owner}: the network's Lipschitz bound must be below 1, but it is {bound:.4g}. At least one of its "
                 "layers must be a strict contraction, such as networks.LinearContraction."
             )
-        if log_det is not None and (isinstance(log_det, type) or not isinstance(log_det, (Exact, *_ESTIMATORS))):
+        if log_det is not None and not isinstance(log_det, LogDet):
             raise TypeError(
-                f"{owner}: log_det must be logdet.Exact(), PowerSeries() or RussianRoulette(), but got {log_det!r}."
+                f"{owner}: log_det must be logdet.Exact(), PowerSeries(), RussianRoulette() or an instance of your own "
+                f"class derived from logdet.LogDet, but got {log_det!r}."
             )
         if solver is not None and not isinstance(solver, (Newton, Anderson, FixedPoint)):
             raise TypeError(f"{owner}: solver must be solvers.Newton, Anderson or FixedPoint, but got {solver!r}.")
@@ -278,7 +279,7 @@ def contractive_residual(
     lipschitz: float = 0.97,
     activation: Callable[[], nn.Module] = LipSwish,
     context_dim: int = 0,
-    log_det: Callable[..., Tensor] | None = None,
+    log_det: LogDet | None = None,
     order: int = 1,
     solver: Settings | None = None,
 ) -> ContractiveResidual:
