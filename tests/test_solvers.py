@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+import pyro_invflows as pf
 from pyro_invflows.solvers import (
     Anderson,
     Bisection,
@@ -492,6 +493,38 @@ def test_vmap_of_the_roots():
     across = torch.func.vmap(lambda s, d: triangular_tanh_root(c, s, d))(strict, d)
     torch.testing.assert_close(across[1], triangular_tanh_root(c, strict[1], d[1]))
     torch.testing.assert_close(torch.func.vmap(tanh_root, (None, 0))(c, d)[2], tanh_root(c, d[2]))
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "nan"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda how: pf.planar(2, solver=Newton(max_steps=1, **how)),
+        lambda how: pf.sylvester(2, solver=Newton(max_steps=0, atol=0, rtol=0, **how)),
+        lambda how: pf.generalized_sylvester(2, [4], solver=Settings(max_steps=0, **how)),
+        lambda how: pf.low_rank_residual(2, solver=Newton(max_steps=1, **how)),
+        lambda how: pf.contractive_residual(2, [4], solver=Anderson(max_steps=1, **how)),
+        lambda how: pf.contractive_residual(2, [4], solver=Newton(max_steps=1, **how)),
+        lambda how: pf.NumericalInverse(pf.planar(2), solver=Newton(max_steps=1, **how)),
+        lambda how: pf.NumericalInverse(pf.baird(2), solver=Bisection(max_steps=0, **how)),
+    ],
+)
+def test_data_that_are_not_finite_give_nan_though_other_rows_fail(build, on_failure):
+    torch.manual_seed(0)
+    layer = build({"on_failure": on_failure}).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p))
+    y = torch.tensor([[1.3, -0.4], [torch.nan, 0.1], [0.2, torch.inf]], dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = layer.inv(y)
+    assert (x[1:].isnan() if layer.domain.event_dim else x[~y.isfinite()].isnan()).all()
+    if on_failure == "warn":
+        assert x[0].isfinite().all()
+        assert [w.category for w in caught] == [ConvergenceWarning]
+    else:
+        assert x[0].isnan().any()
 
 
 def test_no_warning_on_success():

@@ -142,7 +142,7 @@ def finish(solution: Solution, owner: str, settings: Settings, *, given: Tensor 
     value = where_rows(failed, torch.full_like(solution.value, torch.nan), solution.value)
     if hidden or settings.on_failure == "nan":
         return value
-    if given is not None:
+    if given is not None:  # a value for NaN would be of the solver's making, whatever the settings say
         event_dim = solution.value.dim() - failed.dim()
         failed = failed & row_max(given, event_dim).isfinite()
     if not failed.any():
@@ -150,7 +150,7 @@ def finish(solution: Solution, owner: str, settings: Settings, *, given: Tensor 
     message = _message(solution, failed, owner, settings)
     if settings.on_failure == "warn":
         warnings.warn(message, ConvergenceWarning, stacklevel=2)
-        return solution.value
+        return where_rows(failed, solution.value, value)
     error = ConvergenceError(message)
     error.solution = solution
     raise error
