@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import pickle
 import sys
+from fractions import Fraction
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +18,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj
+from pyro_invflows.core.rebind import rebind
 from pyro_invflows.networks import masked_network
 from pyro_invflows.solvers import Newton, Settings, solve_triangular_tanh
 from pyro_invflows.support.errors import ConvergenceError
@@ -354,6 +358,33 @@ def test_degenerate_planar_parameters():
     torch.testing.assert_close(layer.inv(y.detach().clone()), x)
     (y.sum() + ladj.sum()).backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, (1.0, 1e3, 1e5)), (torch.float64, (1.0, 1e3, 1e12))])
+def test_the_log_det_of_planar_is_that_of_its_map(dtype, sizes, conditioned):
+    """At s = 0 the determinant is 1 + u-hat . w, of which nearly everything cancels: in exact arithmetic."""
+    generator = torch.Generator().manual_seed(0)
+    batch = (2,) if conditioned else ()
+    for dim, size, length in itertools.product((1, 3, 10), (0.0, *sizes, *(-s for s in sizes)), (1e-3, 1.0, 1e2)):
+        w, across = torch.randn(2, *batch, dim, generator=generator, dtype=dtype)
+        w = length * w / w.norm(dim=-1, keepdim=True)
+        across = across - (across * w).sum(-1, keepdim=True) / length**2 * w
+        layer = pf.planar(dim).to(dtype)
+        if conditioned:
+            layer = rebind(layer, {"u": across + size / length**2 * w, "w": w})
+        else:
+            layer.load_state_dict({"u": across + size / length**2 * w, "w": w, "bias": torch.zeros(1)})
+        zero = torch.zeros(*batch, dim, dtype=dtype)
+        determinant = layer.log_abs_det_jacobian(zero, layer(zero)).detach().exp()
+        with torch.no_grad():
+            layer.bias.fill_(50.0)  # where tanh is 1
+        direction = layer(zero.clone()).detach()
+        rows = zip(direction.reshape(-1, dim).tolist(), w.reshape(-1, dim).tolist(), strict=True)
+        for (u_hat, w_row), d in zip(rows, determinant.reshape(-1).tolist(), strict=True):
+            terms = [Fraction(a) * Fraction(b) for a, b in zip(u_hat, w_row, strict=True)]
+            rounding = torch.finfo(dtype).eps * float(1 + d + sum(abs(t) for t in terms)) * (1 + abs(math.log(d)))
+            assert abs(float(1 + sum(terms)) - d) <= 4 * rounding, (dim, size, length)
 
 
 def test_radial_at_its_centre_and_far_out():

@@ -96,7 +96,10 @@ class Planar(Bijection):
         square = (self.w * self.w).sum(-1, keepdim=True).clamp_min(torch.finfo(self.w.dtype).tiny)
         # d - 1 - p = sqrt(1 + p^2) - 1 = p^2 / (1 + sqrt(1 + p^2)), and p^2 / |w|^2 stays bounded as w -> 0
         along = product * (product / square) / (1 + (1 + product * product).sqrt())
-        return torch.addcmul(self.u, along, self.w), linalg.positive(product)
+        u = torch.addcmul(self.u, along, self.w)
+        # Along w next to nothing may be left of u, but its rounding. A constant, for it is zero in exact arithmetic.
+        rounding = (u * self.w).sum(-1, keepdim=True) - torch.expm1(torch.asinh(product))
+        return u - (rounding / square * self.w).detach(), linalg.positive(product)
 
     def _project(self, x: Tensor) -> Tensor:
         if self.w.dim() == 1:
