@@ -421,6 +421,9 @@ class InverseView(_InverseTransform):
 
     _inv: Any
 
+    def __init__(self, layer: Bijection) -> None:  # at each use, hence without the parents' constructors
+        self._inv, self._cache_size = layer, layer._cache_size
+
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``x`` and ``log|det dx/dy|`` in one pass."""
         return self._inv.inv_and_ladj(y)

@@ -53,7 +53,10 @@ def recall(layer: Any, value: Tensor, direction: str) -> Entry | None:
         return None
     if (entry.x if direction == FORWARD else entry.y) is not value:
         return None
-    return _if_fresh(layer, entry)
+    if is_fresh(layer, entry):
+        return entry
+    layer._memo = None
+    return None
 
 
 def recall_pair(layer: Any, x: Tensor, y: Tensor) -> Entry | None:
@@ -63,7 +66,10 @@ def recall_pair(layer: Any, x: Tensor, y: Tensor) -> Entry | None:
     entry = layer._memo
     if entry is None or entry.x is not x or entry.y is not y:
         return None
-    return _if_fresh(layer, entry)
+    if is_fresh(layer, entry):
+        return entry
+    layer._memo = None
+    return None
 
 
 def remember(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answers: bool = True) -> None:
@@ -87,7 +93,8 @@ def new_entry(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answer
     """Return a stamped entry, or None where it could not be told when it is stale."""
     if torch.compiler.is_compiling() or in_functorch() or saves_through_hooks():
         return None
-    _watch_optimisers()
+    if _optimiser_steps is None:
+        _watch_optimisers()
     stamp = _stamp(layer, x, y)
     return None if stamp is None else Entry(x, y, aux, direction, answers, stamp)
 
@@ -105,13 +112,6 @@ def is_fresh(layer: Any, entry: Entry) -> bool:
         and len(stamp.tensors) == len(entry.stamp.tensors)
         and all(map(operator.is_, stamp.tensors, entry.stamp.tensors))
     )
-
-
-def _if_fresh(layer: Any, entry: Entry) -> Entry | None:
-    if is_fresh(layer, entry):
-        return entry
-    layer._memo = None
-    return None
 
 
 def _stamp(layer: Any, x: Tensor, y: Tensor) -> Stamp | None:
@@ -132,11 +132,13 @@ def _stamp(layer: Any, x: Tensor, y: Tensor) -> Stamp | None:
     for module in (layer, *kept[0]):
         attributes = module.__dict__
         flags.append(attributes["training"])
-        tensors += attributes["_parameters"].values()
-        tensors += attributes["_buffers"].values()
-        if attributes["_modules"]:
-            children += attributes["_modules"].values()
-        if attributes.get("_pyro_samples"):  # a Bayesian module draws its parameters anew
+        if own := attributes["_parameters"]:
+            tensors += own.values()
+        if own := attributes["_buffers"]:
+            tensors += own.values()
+        if own := attributes["_modules"]:
+            children += own.values()
+        if "_pyro_samples" in attributes and attributes["_pyro_samples"]:  # Bayesian: it draws its parameters anew
             return None
     if len(children) != len(kept[1]) or not all(map(operator.is_, children, kept[1])):
         layer._kept = None  # a module was exchanged: list them again
@@ -160,9 +162,8 @@ def _watch_optimisers() -> None:
     Fused ones, and several of Pyro's, change parameters without a new tensor version.
     """
     global _optimiser_steps
-    if _optimiser_steps is None:
-        _optimiser_steps = 0
-        register_optimizer_step_post_hook(_count_step)
+    _optimiser_steps = 0
+    register_optimizer_step_post_hook(_count_step)
 
 
 def _count_step(*_: Any) -> None:
