@@ -6,7 +6,7 @@ from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.core.flow import Flow
 from pyro_invflows.core.flow_distribution import FlowDistribution
 from pyro_invflows.core.inverted import Inverted
-from pyro_invflows.core.kinds import Elementwise, VolumePreserving
+from pyro_invflows.core.kinds import ContextLayer, Elementwise, VolumePreserving
 from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning, ReconstructionError
 from pyro_invflows.transforms import (
@@ -91,6 +91,7 @@ __all__ = [
     "Chain",
     "ConcatNoise",
     "Conditional",
+    "ContextLayer",
     "ContractiveResidual",
     "ConvergenceError",
     "ConvergenceWarning",

@@ -20,7 +20,7 @@ LAYERS = sorted(
     for name in pf.__all__
     if inspect.isclass(getattr(pf, name))
     and issubclass(getattr(pf, name), pf.Bijection)
-    and name not in ("Bijection", "Elementwise", "VolumePreserving")
+    and name not in ("Bijection", "ContextLayer", "Elementwise", "VolumePreserving")
 )
 STRUCTURE = {"Chain", "Inverted"}
 

@@ -138,7 +138,7 @@ def _stamp(layer: Any, x: Tensor, y: Tensor) -> Stamp | None:
             tensors += own.values()
         if own := attributes["_modules"]:
             children += own.values()
-        if "_pyro_samples" in attributes and attributes["_pyro_samples"]:  # Bayesian: it draws its parameters anew
+        if attributes.get("_pyro_samples"):  # Bayesian: it draws its parameters anew
             return None
     if len(children) != len(kept[1]) or not all(map(operator.is_, children, kept[1])):
         layer._kept = None  # a module was exchanged: list them again
