@@ -22,6 +22,7 @@ ROUNDED_ONCE = {
     "LowRankResidual",
     "Orthogonal",
     "Planar",
+    "Radial",
     "SVDLinear",
     "Sylvester",
 }
@@ -115,6 +116,7 @@ def test_ill_conditioned_layers_are_rounded_once():
         scatter(pf.low_rank_linear(5, 2), 4.0),
         scatter(pf.sylvester(5), 4.0),
         scatter(pf.planar(5), 4.0),
+        scatter(pf.radial(33)),
         scatter(pf.low_rank_residual(5, 3, form="sandwich"), 4.0),
         scatter(pf.contractive_residual(5, [8]), 4.0),
         scatter(pf.contractive_residual(33, [8]), 4.0),

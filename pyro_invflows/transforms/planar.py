@@ -185,12 +185,14 @@ class Radial(Bijection):
         """Return alpha and ``d = 1 + beta / alpha``, both positive."""
         return linalg.positive(self.raw_alpha), linalg.positive(self.raw_beta)
 
+    @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         alpha, d = self._constants()
         difference = x - self.centre
         r = self._norm(difference)
         return torch.addcmul(x, (d - 1) * (alpha / (alpha + r)), difference), (r, alpha, d)
 
+    @at_least_single
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         alpha, d = self._constants()
         difference = y - self.centre
@@ -202,6 +204,7 @@ class Radial(Bijection):
         r = torch.where(p > 0, 2 * alpha * big / root, root / 2)
         return self.centre + difference * ((alpha + r) / (limit + r)), (r, alpha, d)
 
+    @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         r, alpha, d = aux
         near, far = alpha / (alpha + r), r / (alpha + r)
