@@ -56,7 +56,9 @@ def at_least_single(method: Callable[..., Any]) -> Callable[..., Any]:
         if value.dtype not in HALF or not _is_half(self):
             return method(self, *args)
         with without_autocast(value):
-            result = method(in_single_precision(self), *_in_single(args))
+            layer = in_single_precision(self)
+            compute_tensors(layer)  # pruned ones: the copy has only their originals
+            result = method(layer, *_in_single(args))
             if isinstance(result, Tensor):
                 return result.to(value.dtype)
             return result[0].to(value.dtype), result[1]
@@ -98,7 +100,6 @@ def in_single_precision(module: _Module) -> _Module:
     new.__dict__["_modules"] = {
         name: None if child is None else in_single_precision(child) for name, child in module._modules.items()
     }
-    compute_tensors(new)
     return new
 
 
