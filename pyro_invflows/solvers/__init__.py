@@ -4,7 +4,8 @@ from pyro_invflows.solvers.implicit import implicit_gradient
 from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, dense_jacobian
 from pyro_invflows.solvers.rows import iterate
 from pyro_invflows.solvers.scalar import Bisection
-from pyro_invflows.solvers.solution import Settings, Solution, Status, finish
+from pyro_invflows.solvers.settings import Settings
+from pyro_invflows.solvers.solution import Solution, Status, finish
 from pyro_invflows.solvers.tanh import solve_tanh, tanh_root, tanh_slope
 from pyro_invflows.solvers.triangular_tanh import solve_triangular_tanh, triangular_tanh_root
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyro_invflows import linalg
 from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
-from pyro_invflows.solvers.solution import Settings, finish, row_max, where_rows
+from pyro_invflows.solvers.settings import Settings
+from pyro_invflows.solvers.solution import finish, row_max, where_rows
 from pyro_invflows.support.derivatives import first_order_only, steps_with_graph
 from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_tracing
 from pyro_invflows.support.precision import without_autocast

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyro_invflows import linalg
 from pyro_invflows.solvers.rows import Residual, State, Step, iterate
-from pyro_invflows.solvers.solution import Settings, Solution, in_transform, where_rows
+from pyro_invflows.solvers.settings import Settings
+from pyro_invflows.solvers.solution import Solution, in_transform, where_rows
 from pyro_invflows.support.checks import is_int
 from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import in_functorch
@@ -150,7 +151,7 @@ class Newton(Settings):
     """Newton's method with a line search in each row.
 
     Args:
-        max_steps: Bound on the steps.
+        max_steps: Bound on the steps; default 50.
         max_halvings: Halvings of a step that does not reduce the residual.
         polish: Further steps once the tolerance is met; each is kept only where it improves the residual. The first
             brings most rows to rounding.
@@ -166,9 +167,10 @@ class Newton(Settings):
         True
     """
 
-    max_steps: int = 50
     max_halvings: int = 10
     polish: int = 1
+
+    default_max_steps = 50
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_invflows.solvers.solution import Settings, Solution, Status, in_transform, row_max, where_rows
+from pyro_invflows.solvers.settings import Settings
+from pyro_invflows.solvers.solution import Solution, Status, in_transform, row_max, where_rows
 
 __all__ = ["iterate"]
 
@@ -64,7 +65,8 @@ def iterate(
     whole: list[Tensor] = []
     rows: Tensor | None = None
 
-    for _ in range(settings.max_steps + polish):
+    max_steps = settings.bound()
+    for _ in range(max_steps + polish):
         if not hidden:
             if not active.any():
                 break
@@ -83,7 +85,7 @@ def iterate(
                 state, args = tuple(rest[: len(state)]), tuple(rest[len(state) :])
                 active = torch.ones_like(met)
         # a row that has not met its tolerance within max_steps is not polished
-        active = active & ((steps < settings.max_steps) | met)
+        active = active & ((steps < max_steps) | met)
         new_x, new_r, state = step(residual, x, r, state, args, active & ~met)
         new_error = row_max(new_r, event_dim)
         new_met = (new_error <= tolerance) & new_error.isfinite()

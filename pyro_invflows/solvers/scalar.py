@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_invflows.solvers.solution import Settings, Solution, Status, in_transform
+from pyro_invflows.solvers.settings import Settings
+from pyro_invflows.solvers.solution import Solution, Status, in_transform
 from pyro_invflows.support.checks import is_int
 
 __all__ = ["Bisection"]
@@ -24,7 +25,7 @@ class Bisection(Settings):
     no gradient. An element without a sign change ends as ``NO_BRACKET``, never as an end of its bracket.
 
     Args:
-        max_steps: Bound on the steps inside the bracket.
+        max_steps: Bound on the steps inside the bracket; default 100.
         max_growth: Bound on the doublings of the bracket; 1 is its first half width.
         shrink: Iterate on, beyond the tolerance, until the residual is smaller by this factor or the bracket has
             shrunk to rounding.
@@ -87,7 +88,7 @@ class Bisection(Settings):
         active = bracketed & (f_best != 0)
         steps = torch.zeros_like(x0, dtype=torch.int32)
         hidden = in_transform(x0)
-        for _ in range(self.max_steps):
+        for _ in range(self.bound()):
             if not hidden and not active.any():
                 break
             x = torch.where(active, a + fraction * (b - a), best)

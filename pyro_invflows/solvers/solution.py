@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_invflows.support.checks import is_int
+from pyro_invflows.solvers.settings import Settings
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning
 from pyro_invflows.support.modes import in_functorch, is_tracing
 
-__all__ = ["Settings", "Solution", "Status", "finish", "in_transform", "is_blind", "row_max", "where_rows"]
+__all__ = ["Solution", "Status", "finish", "in_transform", "is_blind", "row_max", "where_rows"]
 
 
 class Status(IntEnum):
@@ -36,8 +35,6 @@ REMEDIES = {
     "monotone.",
 }
 
-_ON_FAILURE = ("raise", "warn", "nan")
-
 
 class Solution(NamedTuple):
     """The end of an iteration, row by row (a row is one element of the batch).
@@ -58,45 +55,6 @@ class Solution(NamedTuple):
     def converged(self) -> Tensor:
         """Whether each row converged."""
         return self.status == Status.CONVERGED
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What every solver is told.
-
-    A row has converged when ``|f(x) - y| <= atol + rtol * |y|`` in the largest norm.
-
-    Args:
-        atol: Absolute tolerance; the default is ``eps ** 0.75`` of the dtype (2e-12 in float64, 6e-6 in float32).
-        rtol: Relative tolerance; the default likewise.
-        max_steps: Bound on the steps.
-        on_failure: What happens to rows that did not converge: ``"raise"`` a :class:`ConvergenceError`, ``"warn"``
-            and return them as they are, or set them to ``"nan"``.
-
-    Raises:
-        ValueError: if a setting is out of range.
-    """
-
-    atol: float | None = None
-    rtol: float | None = None
-    max_steps: int = 100
-    on_failure: str = "raise"
-
-    def __post_init__(self) -> None:
-        owner = type(self).__name__
-        for name in ("atol", "rtol"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{owner}: {name} must be None or at least 0, but got {value!r}.")
-        if not is_int(self.max_steps) or self.max_steps < 0:
-            raise ValueError(f"{owner}: max_steps must be an int of at least 0, but got {self.max_steps!r}.")
-        if self.on_failure not in _ON_FAILURE:
-            raise ValueError(f"{owner}: on_failure must be one of {_ON_FAILURE}, but got {self.on_failure!r}.")
-
-    def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Return ``(atol, rtol)``, scaled to the dtype where they were not given."""
-        default = torch.finfo(dtype).eps ** 0.75
-        return default if self.atol is None else self.atol, default if self.rtol is None else self.rtol
 
 
 def is_blind(value: Tensor) -> bool:

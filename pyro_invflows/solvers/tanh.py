@@ -70,7 +70,7 @@ def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bo
     s = _start(c, d)
     size = t.abs() + 1 + c.abs()
     goal = size * (4 * torch.finfo(s.dtype).eps)
-    bound = min(settings.max_steps, _MAX_SCALAR_STEPS)
+    bound = min(settings.bound(_MAX_SCALAR_STEPS), _MAX_SCALAR_STEPS)
     blind = is_blind(c)
     taken = bound if blind else min(_SCALAR_STEPS, bound)
     s, r = _scalar_steps(s, c, d, t, taken)

@@ -6,6 +6,7 @@ by back-substitution; cheaper iterations are tried first.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from pyro_invflows.support.modes import forward_levels
 
 __all__ = ["solve_triangular_tanh", "triangular_tanh_root"]
 
+#: Triangular Newton steps.
+_MAX_STEPS = 8
 #: Diagonal Newton steps between two looks, and in all.
 _CHEAP_STEPS = 3
 _MAX_CHEAP_STEPS = 15
@@ -51,17 +54,17 @@ def solve_triangular_tanh(
         c: ``(*S, m)``.
         strict: ``(*B, m, m)``; B broadcasts with S.
         d: ``(*B, m)``, positive.
-        settings: Tolerances; ``max_steps`` bounds the triangular Newton steps.
+        settings: Tolerances; ``max_steps`` bounds the triangular Newton steps, by default 8.
         cheap_steps: Bound on the diagonal steps.
 
     Returns:
         The solution; ``num_steps`` counts diagonal and triangular steps of a row together, and is one more than
         their bound where back-substitution finished it.
     """
-    settings = Newton(max_steps=8) if settings is None else settings
+    settings = Newton() if settings is None else settings
     system = _System(c, strict, d)
     if is_blind(c):
-        s = system.back_substitution(settings)
+        s = system.back_substitution(replace(settings, max_steps=settings.bound(_MAX_STEPS)))
         steps = torch.zeros(s.shape[:-1], dtype=torch.int32, device=s.device)
         return system.solution(s, system.residual(s), steps, settings)
     goal = 8 * torch.finfo(c.dtype).eps
@@ -182,7 +185,7 @@ def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> t
     r = system.residual(s)
     steps = torch.zeros(s.shape[0], dtype=torch.int32, device=s.device)
     active = torch.ones_like(steps, dtype=torch.bool)
-    for _ in range(settings.max_steps):
+    for _ in range(settings.bound(_MAX_STEPS)):
         if not active.any():
             break
         s[active], r[active] = _triangular_step(system.rows(active), s[active], r[active])
@@ -272,7 +275,7 @@ def triangular_tanh_root(
     Raises:
         ConvergenceError: if a row did not converge and the settings say so.
     """
-    settings = Newton(max_steps=8) if settings is None else settings
+    settings = Newton() if settings is None else settings
     if torch.compiler.is_compiling():
         with torch.no_grad():
             s = finish(solve_triangular_tanh(c.detach(), strict.detach(), d.detach(), settings), owner, settings)
