@@ -150,10 +150,13 @@ CALLED = r"expected a transform, got a function; did you mean affine_coupling\(\
         (lambda: vectors_flow().rsample(3), r"rsample: sample_shape must be a tuple, such as \(3,\)"),
         (lambda: vectors_flow().rsample_and_log_prob(3), r"rsample_and_log_prob: sample_shape must be a tuple"),
         (lambda: vectors_flow().sample(np.int64(3)), r"sample_shape must be a tuple, such as \(3,\)"),
-        (lambda: foreign_inverse(Settings()), r"needs a solver such as solvers\.Newton\(\), but got Settings"),
-        (lambda: foreign_inverse(Newton), r"needs a solver such as solvers\.Newton\(\), but got the class Newton"),
+        (
+            lambda: foreign_inverse(Settings()),
+            r"dense .* solver must be solvers\.Newton\(\.\.\.\), .* but got Settings\(",
+        ),
+        (lambda: foreign_inverse(Newton), r"solver must be solvers\.Newton\(\.\.\.\), .*, but got the class Newton"),
         (lambda: pf.contractive_residual(3, solver=Settings()), "solver must be solvers.Newton"),
-        (lambda: implicit_gradient(lambda x: x, torch.zeros(3), solver=Settings()), "must be one such as solvers.And"),
+        (lambda: implicit_gradient(lambda x: x, torch.zeros(3), solver=Settings()), "must be solvers.Anderson"),
     ],
 )
 def test_the_mistake_and_the_remedy_are_named(make, message):

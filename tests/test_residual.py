@@ -144,13 +144,13 @@ def test_newton_and_the_fixed_point_stand_behind_the_cheap_steps(form, monkeypat
     y = torch.randn(50, 7, dtype=F64)
     expected = layer.inv(y)
 
-    def nothing(equation, s, c, unit, gather):
+    def nothing(equation, s, c, unit, gather, limit):
         return s.clone(), torch.zeros(s.shape[:-1], dtype=torch.bool), None
 
     monkeypatch.setattr(residual, "chord_steps", nothing)
     torch.testing.assert_close(layer.inv(y.clone()), expected, rtol=0, atol=1e-12)
     # no Newton step at all: the fixed point alone
-    monkeypatch.setattr(residual, "Newton", lambda: Newton(max_steps=0))
+    monkeypatch.setattr(Newton, "default_max_steps", 0)
     torch.testing.assert_close(layer.inv(y.clone()), expected, rtol=0, atol=1e-9)
 
 
@@ -279,9 +279,9 @@ def test_the_fixed_point_behind_them_meets_the_tolerance_of_y(scale, form, monke
         layer.weight_in.mul_(scale)
     y = torch.randn(20, 7, dtype=F64)
     monkeypatch.setattr(
-        residual, "chord_steps", lambda e, s, c, u, gather: (s.clone(), torch.zeros(20, dtype=torch.bool), None)
+        residual, "chord_steps", lambda e, s, c, u, gather, limit: (s.clone(), torch.zeros(20, dtype=torch.bool), None)
     )
-    monkeypatch.setattr(residual, "Newton", lambda: Newton(max_steps=0))
+    monkeypatch.setattr(Newton, "default_max_steps", 0)
     assert (layer(layer.inv(y).detach()) - y).abs().max() <= 1e-11
 
 

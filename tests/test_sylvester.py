@@ -20,7 +20,7 @@ import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj
 from pyro_invflows.core.rebind import rebind
 from pyro_invflows.networks import masked_network
-from pyro_invflows.solvers import Newton, Settings, solve_triangular_tanh
+from pyro_invflows.solvers import Newton, Settings, Sweeps, solve_triangular_tanh
 from pyro_invflows.support.errors import ConvergenceError
 from pyro_invflows.testing import (
     check_batch,
@@ -449,7 +449,7 @@ def test_pickle_keeps_the_solver():
 
 
 def test_failure_names_the_layer():
-    layer = scaled(pf.generalized_sylvester(6, [16], solver=Settings(max_steps=1)), 2.0)
+    layer = scaled(pf.generalized_sylvester(6, [16], solver=Sweeps(max_steps=1)), 2.0)
     with pytest.raises(ConvergenceError, match=r"GeneralizedSylvester: .* of 8 rows"):
         layer.inv(torch.randn(8, 6, dtype=torch.float64))
     with pytest.raises(ConvergenceError, match="Planar"):

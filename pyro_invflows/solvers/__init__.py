@@ -1,7 +1,7 @@
 """Root finders and implicit gradients: tensors and callables only, nothing here knows a transform."""
 
 from pyro_invflows.solvers.implicit import implicit_gradient
-from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, dense_jacobian
+from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, Sweeps, dense_jacobian
 from pyro_invflows.solvers.rows import iterate
 from pyro_invflows.solvers.scalar import Bisection
 from pyro_invflows.solvers.settings import Settings
@@ -17,6 +17,7 @@ __all__ = [
     "Settings",
     "Solution",
     "Status",
+    "Sweeps",
     "dense_jacobian",
     "finish",
     "implicit_gradient",

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_invflows.solvers.iterative import FixedPoint
+from pyro_invflows.solvers.settings import Settings
 from pyro_invflows.solvers.solution import Solution, in_transform, where_rows
 
-__all__ = ["FoldedEquation", "chord_steps", "finish_by_fixed_point"]
+__all__ = ["FoldedEquation", "chord_steps", "finish_by_fixed_point", "fixed_point_steps"]
 
 #: Steps without a look at the residual, then bound on those with one.
 _BLIND_STEPS, _CHORD_STEPS = 4, 12
@@ -36,7 +37,12 @@ class FoldedEquation(NamedTuple):
 
 
 def chord_steps(
-    equation: FoldedEquation, s: Tensor, c: Tensor, unit: Tensor, gather: bool = True
+    equation: FoldedEquation,
+    s: Tensor,
+    c: Tensor,
+    unit: Tensor,
+    gather: bool = True,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Take steps with one matrix for all rows, that of their mean slopes: no more than two products each.
 
@@ -46,9 +52,10 @@ def chord_steps(
         c: The right-hand side.
         unit: Size of a step in s that counts like one of 1 in y.
         gather: Whether the equation may be evaluated at some of the rows.
+        limit: Largest residual that is accepted, where that may be below rounding.
 
     Returns:
-        The points, which of them solve the equation to rounding, and h there, if all do.
+        The points, which of them solve the equation to rounding (and to the limit), and h there, if all do.
     """
     some = (s[:_SLOPE_ROWS] if gather and s.dim() == 2 else s).nan_to_num(0)  # a bad row must not spoil the mean
     mean = tuple(slope.reshape(-1, slope.shape[-1]).mean(0) for slope in equation.slopes(some))
@@ -62,6 +69,8 @@ def chord_steps(
             s = aim + s @ keep + equation.hidden(s) @ pull
     # rounding is that of the terms
     goal = torch.maximum(c.abs().amax(-1), s.abs().amax(-1)).add_(unit).mul_(8 * torch.finfo(c.dtype).eps)
+    if limit is not None:
+        goal = torch.minimum(goal, limit)
     r = equation.residual(s, c)
     error = r.abs().amax(-1)
     todo = error > goal
@@ -80,8 +89,15 @@ def chord_steps(
     return s, error <= goal, None
 
 
+def fixed_point_steps(lipschitz: float, dtype: torch.dtype) -> int:
+    """Return how many steps of the fixed point take any start to rounding; at most 20 000."""
+    steps = math.ceil(math.log(1e-3 * torch.finfo(dtype).eps) / math.log(lipschitz))
+    return min(steps, _FIXED_POINT_STEPS)
+
+
 def finish_by_fixed_point(
     first: Solution,
+    settings: Settings,
     residual: Callable[..., Tensor],
     start: Tensor,
     args: tuple[Tensor, ...],
@@ -93,6 +109,7 @@ def finish_by_fixed_point(
 
     Args:
         first: How the rows ended so far.
+        settings: Whose tolerances count.
         residual: In units of ``unit``.
         start: Where the fixed point starts.
         args: Passed to the residual.
@@ -102,8 +119,8 @@ def finish_by_fixed_point(
     """
     if in_transform(start) or first.converged.all():
         return first
-    steps = math.ceil(math.log(1e-3 * torch.finfo(start.dtype).eps) / math.log(lipschitz))
     again = where_rows(first.converged, first.value, start) / unit
-    solver = FixedPoint(max_steps=min(steps, _FIXED_POINT_STEPS))
+    steps = fixed_point_steps(lipschitz, start.dtype)
+    solver = FixedPoint(atol=settings.atol, rtol=settings.rtol, max_steps=steps)
     second = solver(lambda x, *args: residual(x * unit, *args), again, *args, **how)
     return second._replace(value=second.value * unit, num_steps=first.num_steps + second.num_steps)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_invflows import linalg
-from pyro_invflows.solvers.iterative import Anderson, dense_jacobian, jacobian_of
-from pyro_invflows.solvers.settings import Settings
+from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, dense_jacobian, jacobian_of
+from pyro_invflows.solvers.settings import check_solver
 from pyro_invflows.solvers.solution import finish, row_max, where_rows
 from pyro_invflows.support.derivatives import first_order_only, steps_with_graph
 from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_tracing
@@ -39,7 +39,7 @@ def implicit_gradient(
     order: int = 1,
     diagonal: Callable[[Tensor], Tensor] | None = None,
     jacobian: Callable[[Tensor], Tensor] | None = None,
-    solver: Settings | None = None,
+    solver: Anderson | FixedPoint | Newton | None = None,
     owner: str = "implicit_gradient",
 ) -> Tensor:
     """Return x with the graph of the equation ``residual(x) = 0`` attached.
@@ -87,8 +87,8 @@ def implicit_gradient(
         raise ValueError(
             f"{owner}: order must be 1, or 2 where the structure is dense or elementwise, but got {order!r}."
         )
-    if solver is not None and not callable(solver):
-        raise TypeError(f"{owner}: solver must be one such as solvers.Anderson(), but got {type(solver).__name__}.")
+    if solver is not None:
+        check_solver(solver, (Anderson, FixedPoint, Newton), owner)
     if structure == "autoregressive" and diagonal is None:
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
     if not torch.compiler.is_compiling() and is_tracing():
@@ -172,7 +172,7 @@ class _Attach(torch.autograd.Function):
         event_dim: int,
         diagonal: Callable[[Tensor], Tensor] | None,
         jacobian: Callable[[Tensor], Tensor] | None,
-        solver: Settings,
+        solver: Any,
         owner: str,
     ) -> Tensor:
         ctx.residual, ctx.structure, ctx.event_dim = residual, structure, event_dim

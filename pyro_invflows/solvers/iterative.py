@@ -1,4 +1,4 @@
-r"""Root finders for a whole event at once: fixed point, Anderson acceleration, Newton.
+r"""Root finders for a whole event at once: fixed point, Anderson acceleration, Newton, sweeps.
 
 Each is a frozen object of settings, called as ``solver(residual, x0, *args)``. ``residual(x, *args)`` returns
 :math:`f(x) - y` row by row; tensors that differ from row to row go through ``args``, with the batch dimensions of
@@ -10,7 +10,7 @@ gathered.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pyro_invflows.support.checks import is_int
 from pyro_invflows.support.devices import lacks_float64
 from pyro_invflows.support.modes import in_functorch
 
-__all__ = ["Anderson", "FixedPoint", "Newton", "dense_jacobian"]
+__all__ = ["Anderson", "FixedPoint", "Newton", "Sweeps", "dense_jacobian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +214,79 @@ class Newton(Settings):
         one_step = _damped(direction, event_dim, self.max_halvings, gather)
         return iterate(
             self, residual, x0, args, one_step, event_dim=event_dim, scale=scale, gather=gather, polish=self.polish
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweeps(Settings):
+    """Solves equations whose Jacobian is triangular in some order of the unknowns, all at once, again and again.
+
+    A sweep solves each equation for its own unknown, the others being what the last sweep made them. After k sweeps the
+    first k unknowns in that order are exact, so that no more sweeps are needed than there are unknowns; as a rule far
+    fewer are.
+
+    Args:
+        max_steps: Bound on the sweeps; default the number of unknowns.
+        polish: Further sweeps once the tolerance is met; each is kept only where it improves the residual.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> from pyro_invflows.solvers import Sweeps
+        >>> y = torch.randn(4, 3, dtype=torch.float64)
+        >>> def residual(x, y):  # x_i + 5 sin(x_(i-1)) = y_i
+        ...     return x + 5 * torch.nn.functional.pad(torch.sin(x), (1, -1)) - y
+        >>> def sweep(residual, x, r, state, args, seeking):
+        ...     x = x - r
+        ...     return x, residual(x, *args), state
+        >>> solution = Sweeps()(residual, y, y, sweep=sweep)
+        >>> bool(solution.converged.all()), int(solution.num_steps.max()) <= 3
+        (True, True)
+    """
+
+    polish: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_int(self.polish) or self.polish < 0:
+            raise ValueError(f"Sweeps: polish must be an int of at least 0, but got {self.polish!r}.")
+
+    def __call__(
+        self,
+        residual: Residual,
+        x0: Tensor,
+        *args: Tensor,
+        sweep: Step,
+        state: State = (),
+        event_dim: int = 1,
+        scale: Tensor | None = None,
+        gather: bool = True,
+    ) -> Solution:
+        """Solve.
+
+        Args:
+            residual: ``residual(x, *args)``.
+            x0: Start, ``(*B, *E)``.
+            *args: Tensors that differ from row to row.
+            sweep: One sweep, as ``step`` in :func:`~pyro_invflows.solvers.iterate`.
+            state: What a sweep hands on to the next.
+            event_dim: Number of dimensions of E.
+            scale: ``|y|`` in the tolerance, shaped like x0.
+            gather: As in the module's docstring.
+        """
+        settings = replace(self, max_steps=self.bound(x0.shape[x0.dim() - event_dim :].numel()))
+        return iterate(
+            settings,
+            residual,
+            x0,
+            args,
+            sweep,
+            state,
+            event_dim=event_dim,
+            scale=scale,
+            gather=gather,
+            polish=self.polish,
         )
 
 

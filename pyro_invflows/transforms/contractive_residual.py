@@ -9,6 +9,7 @@ call, and the low-rank layer's log-determinant is exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ from pyro_invflows.networks.calling import call_network
 from pyro_invflows.networks.contraction import (
     hold_weights_of,
 )
-from pyro_invflows.solvers import Anderson, FixedPoint, Newton, Settings, finish, implicit_gradient
-from pyro_invflows.solvers.contractive import finish_by_fixed_point
+from pyro_invflows.solvers import Anderson, FixedPoint, Newton, finish, implicit_gradient
+from pyro_invflows.solvers.contractive import finish_by_fixed_point, fixed_point_steps
+from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.support.checks import derivative_order, positive_int
 from pyro_invflows.support.derivatives import outside_inference_mode
 from pyro_invflows.support.precision import at_least_single, full_precision
@@ -43,6 +45,8 @@ __all__ = ["ContractiveResidual", "conditional_contractive_residual", "contracti
 _SMALL_EVENT = 32
 #: Where the bound binds, a shorter memory takes twice the steps.
 _MEMORY = 15
+#: Bound on the accelerated steps; the fixed point goes on from there.
+_ANDERSON_STEPS = 200
 
 
 # ---------------------------------------------------------------------- any contraction
@@ -74,7 +78,13 @@ class ContractiveResidual(ContextLayer):
         log_det: ``logdet.Exact()`` (the default), ``logdet.RussianRoulette()``, ``logdet.PowerSeries()``, or an
             estimator of your own, derived from :class:`~pyro_invflows.logdet.LogDet`.
         order: Highest order of derivatives of the inverse, 1 or 2; 2 for small events only.
-        solver: ``solvers.Newton``, ``Anderson`` or ``FixedPoint`` with settings of your own, instead of the default.
+        solver: ``solvers.Newton(...)``, ``Anderson(...)`` or ``FixedPoint(...)``; default ``Newton()`` for events of up
+            to 32 elements and ``Anderson(memory=15)`` for others. With ``max_steps`` given, no fixed point stands
+            behind it.
+        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        rtol: Relative tolerance, likewise.
+        max_steps: Bound on the steps, likewise.
+        on_failure: What happens to rows that did not converge, likewise.
 
     Shape:
         ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, C, H, W)``.
@@ -82,7 +92,8 @@ class ContractiveResidual(ContextLayer):
     Raises:
         TypeError: if the network, the estimator or the solver is of another kind.
         ValueError: naming the layer, if the network is not known to be a contraction or its bound is not below 1.
-        ConvergenceError: in the inverse, with a solver of your own. A y that is not finite gives NaN.
+        ConvergenceError: in the inverse, where ``max_steps`` was given, or tolerances below rounding. A y that is not
+            finite gives NaN.
 
     References:
         Behrmann et al. (2019), theorem 1 and algorithm 1; Chen et al. (2019), section 3.1, for the estimators.
@@ -104,7 +115,11 @@ class ContractiveResidual(ContextLayer):
         input_dim: int | None = None,
         log_det: LogDet | None = None,
         order: int = 1,
-        solver: Settings | None = None,
+        solver: Newton | Anderson | FixedPoint | None = None,
+        atol: float | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        on_failure: str | None = None,
         cache_size: int = 1,
     ) -> None:
         context_dim = int(getattr(net, "context_dim", 0))
@@ -123,14 +138,25 @@ class ContractiveResidual(ContextLayer):
                 f"{owner}: log_det must be logdet.Exact(), PowerSeries(), RussianRoulette() or an instance of your own "
                 f"class derived from logdet.LogDet, but got {log_det!r}."
             )
-        if solver is not None and not isinstance(solver, (Newton, Anderson, FixedPoint)):
-            raise TypeError(f"{owner}: solver must be solvers.Newton, Anderson or FixedPoint, but got {solver!r}.")
         self.net = net
         self.lipschitz = bound
         self.log_det = Exact() if log_det is None else log_det
         self.exact = self.log_det.exact
         self.order = derivative_order(order, owner)
-        self.solver = solver
+        # for small events, and for others: the defaults differ
+        self.solvers = tuple(
+            chosen_settings(
+                default,
+                solver,
+                owner,
+                kinds=(Newton, Anderson, FixedPoint),
+                atol=atol,
+                rtol=rtol,
+                max_steps=max_steps,
+                on_failure=on_failure,
+            )
+            for default in (Newton(), Anderson(memory=_MEMORY))
+        )
         if self.context_dim and dim != -1:
             raise ValueError(
                 f"{owner}: a network with a context is for vectors (dim=-1), but got dim={dim}; give it context_dim=0 "
@@ -247,23 +273,27 @@ class ContractiveResidual(ContextLayer):
         return product + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
     def _solve(self, y: Tensor, context: tuple[Tensor, ...], small: bool, closed: bool) -> Tensor:
-        settings = self.solver
-        if settings is None:
-            settings = Newton() if small else Anderson(memory=_MEMORY, max_steps=200)
+        settings = self.solvers[0 if small else 1]
+        own_bound = None  # Newton's
+        if isinstance(settings, Anderson):
+            own_bound = _ANDERSON_STEPS
+        elif isinstance(settings, FixedPoint):
+            own_bound = fixed_point_steps(self.lipschitz, y.dtype)
+        solver = replace(settings, max_steps=settings.bound(own_bound))
         start = torch.where(y.isfinite(), y, 0)
         args = (y, *context)
         # rounding is that of the terms: |g| may exceed |y|
         how: dict[str, Any] = {"event_dim": -self.dim, "scale": y.abs() + self._call_net(start, *context).abs()}
-        if closed and isinstance(settings, Newton):
+        if closed and isinstance(solver, Newton):
 
             def step(x: Tensor, r: Tensor, y: Tensor, *context: Tensor) -> Tensor:
                 return linalg.solve(self._jacobian(x, *context), r.unsqueeze(-1)).squeeze(-1)
 
-            solution = settings(self._residual, start, *args, step=step, **how)
+            solution = solver(self._residual, start, *args, step=step, **how)
         else:
-            solution = settings(self._residual, start, *args, **how)
-        if self.solver is None:
-            solution = finish_by_fixed_point(solution, self._residual, start, args, self.lipschitz, **how)
+            solution = solver(self._residual, start, *args, **how)
+        if settings.max_steps is None:
+            solution = finish_by_fixed_point(solution, settings, self._residual, start, args, self.lipschitz, **how)
         return finish(solution, "ContractiveResidual", settings, given=y)
 
     def extra_repr(self) -> str:
@@ -281,7 +311,11 @@ def contractive_residual(
     context_dim: int = 0,
     log_det: LogDet | None = None,
     order: int = 1,
-    solver: Settings | None = None,
+    solver: Newton | Anderson | FixedPoint | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    on_failure: str | None = None,
 ) -> ContractiveResidual:
     """Build a :class:`ContractiveResidual` with its network, starting at the identity.
 
@@ -295,6 +329,10 @@ def contractive_residual(
         log_det: As in the class; the default is exact, also for images, whose size it limits.
         order: As in the class.
         solver: As in the class.
+        atol: As in the class.
+        rtol: As in the class.
+        max_steps: As in the class.
+        on_failure: As in the class.
 
     Raises:
         ValueError: if ``lipschitz`` is out of range, the activation is steeper than 1, ``dim`` is neither -1 nor -3, or
@@ -318,7 +356,18 @@ def contractive_residual(
             f"contractive_residual: dim must be -1 (vectors) or -3 (images, without a context), but got dim={dim} and "
             f"context_dim={context_dim}."
         )
-    return ContractiveResidual(net, dim=dim, input_dim=input_dim, log_det=log_det, order=order, solver=solver)
+    return ContractiveResidual(
+        net,
+        dim=dim,
+        input_dim=input_dim,
+        log_det=log_det,
+        order=order,
+        solver=solver,
+        atol=atol,
+        rtol=rtol,
+        max_steps=max_steps,
+        on_failure=on_failure,
+    )
 
 
 def conditional_contractive_residual(

@@ -17,14 +17,14 @@ from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.solvers import (
-    Settings,
+    Sweeps,
     finish,
     implicit_gradient,
-    iterate,
     solve_tanh,
     tanh_root,
     tanh_slope,
 )
+from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.solvers.solution import in_transform
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.constants import HoldsConstants
@@ -62,7 +62,11 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
             not conditioned, the context is zero.
         activation: Constructor of the network's activation.
         order: Highest order of derivatives of the inverse, 1 or 2; 2 takes D sweeps with a graph.
-        solver: Tolerances, bound on the sweeps (D where left out) and what happens on failure.
+        solver: Tolerances, the bound on the sweeps (D), and what happens on failure; default ``solvers.Sweeps()``.
+        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        rtol: Relative tolerance, likewise.
+        max_steps: Bound on the steps, likewise.
+        on_failure: What happens to rows that did not converge, likewise.
 
     Shape:
         ``(*B, D) -> (*B, D)``.
@@ -95,7 +99,11 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         context_dim: int = 0,
         activation: Callable[[], nn.Module] = nn.Tanh,
         order: int = 1,
-        solver: Settings | None = None,
+        solver: Sweeps | None = None,
+        atol: float | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        on_failure: str | None = None,
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, context_dim=context_dim, cache_size=cache_size)
@@ -106,9 +114,9 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         self.order = order
         k = input_dim - input_dim % 2 if num_reflections is None else num_reflections
         self.num_reflections = positive_int(k, "num_reflections", owner, minimum=0)
-        if solver is not None and not isinstance(solver, Settings):
-            raise TypeError(f"{owner}: solver must be solvers.Settings(...), but got {type(solver).__name__}.")
-        self.solver = Settings(max_steps=input_dim) if solver is None else solver
+        self.solver = chosen_settings(
+            Sweeps(), solver, owner, atol=atol, rtol=rtol, max_steps=max_steps, on_failure=on_failure
+        )
         self.vectors = nn.Parameter(torch.empty(k, input_dim))
         hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else hidden_dims
         self.hypernet = masked_network(
@@ -200,9 +208,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
             return v, relative(v, z, state), state
 
         state = self._coefficients(z, *arguments[1:])
-        solution = iterate(
-            self.solver, residual, z, arguments, sweep, state, event_dim=1, scale=z, gather=True, polish=1
-        )
+        solution = self.solver(residual, z, *arguments, sweep=sweep, state=state, scale=z)
         return finish(solution, "GeneralizedSylvester", self.solver, given=z)
 
     def _sweep_with_graph(self, z: Tensor) -> Tensor:
@@ -223,10 +229,33 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
 
 
 def generalized_sylvester(
-    input_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    num_reflections: int | None = None,
+    context_dim: int = 0,
+    activation: Callable[[], nn.Module] = nn.Tanh,
+    order: int = 1,
+    solver: Sweeps | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    on_failure: str | None = None,
 ) -> GeneralizedSylvester:
     """Build a :class:`GeneralizedSylvester`; keywords as in the class."""
-    return GeneralizedSylvester(input_dim, hidden_dims, **kwargs)
+    return GeneralizedSylvester(
+        input_dim,
+        hidden_dims,
+        num_reflections=num_reflections,
+        context_dim=context_dim,
+        activation=activation,
+        order=order,
+        solver=solver,
+        atol=atol,
+        rtol=rtol,
+        max_steps=max_steps,
+        on_failure=on_failure,
+    )
 
 
 def conditional_generalized_sylvester(

@@ -32,6 +32,7 @@ from pyro_invflows.networks.contraction import (
 )
 from pyro_invflows.solvers import Newton, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
+from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.support.checks import derivative_order, positive_int
 from pyro_invflows.support.modes import in_forward_mode
@@ -82,7 +83,12 @@ class LowRankResidual(Bijection):
         lipschitz: c, strictly between 0 and 1. The inverse stretches by at most 1 / (1 - c).
         activation: Constructor of :math:`\phi`, elementwise with slopes of at most 1.
         order: Highest order of derivatives of the inverse, 1 or 2.
-        solver: Tolerances and bound on the Newton steps, and what happens on failure, instead of the default.
+        solver: Tolerances, and what happens on failure; default ``solvers.Newton()``. With ``max_steps`` given, there
+            is Newton's method alone: no cheaper steps before it, no fixed point behind it.
+        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        rtol: Relative tolerance, likewise.
+        max_steps: Bound on the steps, likewise.
+        on_failure: What happens to rows that did not converge, likewise.
 
     Shape:
         ``(*B, D) -> (*B, D)``. A context shifts the biases only, so that one bound serves every context.
@@ -90,7 +96,8 @@ class LowRankResidual(Bijection):
     Raises:
         ValueError: if ``lipschitz`` is not strictly between 0 and 1, the form is unknown, the activation is steeper
             than 1, or the event has another size.
-        ConvergenceError: in the inverse, with a solver of your own. A y that is not finite gives NaN.
+        ConvergenceError: in the inverse, where ``max_steps`` was given, or tolerances below rounding. A y that is not
+            finite gives NaN.
 
     References:
         Behrmann et al. (2019), Eqs. 1-3 and algorithm 1, for the principle.
@@ -116,6 +123,10 @@ class LowRankResidual(Bijection):
         activation: Callable[[], nn.Module] = LipSwish,
         order: int = 1,
         solver: Newton | None = None,
+        atol: float | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        on_failure: str | None = None,
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
@@ -123,13 +134,13 @@ class LowRankResidual(Bijection):
         owner = "LowRankResidual"
         if form not in FORMS:
             raise ValueError(f"{owner}: form must be one of {FORMS}, but got {form!r}.")
-        if solver is not None and not isinstance(solver, Newton):
-            raise TypeError(f"{owner}: solver must be solvers.Newton(...), but got {type(solver).__name__}.")
         k = math.isqrt(input_dim) if hidden_dim is None else positive_int(hidden_dim, "hidden_dim", owner)
         self.hidden_dim, self.form = k, form
         self.lipschitz = check_lipschitz(lipschitz, owner)
         self.order = derivative_order(order, owner)
-        self.solver = solver
+        self.solver = chosen_settings(
+            Newton(), solver, owner, atol=atol, rtol=rtol, max_steps=max_steps, on_failure=on_failure
+        )
         (self.activation,) = make_activations(activation, 1, owner)
         self.weight_in = nn.Parameter(torch.empty(k, input_dim))
         self.weight_out = nn.Parameter(torch.empty(input_dim, k))
@@ -235,18 +246,23 @@ class LowRankResidual(Bijection):
         The tolerance is that of y, hence the division by the first matrix's norm.
         """
         unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
-        if self.solver is not None or in_transform(c):
-            return self._newton(equation, c, y, unit, self.solver or Newton()), None
-        s, done, h = chord_steps(equation, c, c, unit, gather=not self._batch_shape)
+        settings = self.solver
+        if settings.max_steps is not None or in_transform(c):
+            return self._newton(equation, c, y, unit), None
+        limit = None
+        if settings.atol is not None or settings.rtol is not None:  # perhaps below what rounding allows
+            atol, rtol = settings.tolerances(c.dtype)
+            limit = (atol + rtol * y.abs().amax(-1)) * unit
+        s, done, h = chord_steps(equation, c, c, unit, gather=not self._batch_shape, limit=limit)
         if h is not None or done.all():
             return s, h
         if self._batch_shape:  # batched biases belong to their rows
-            return where_rows(done, s, self._newton(equation, c, y, unit, Newton())), None
+            return where_rows(done, s, self._newton(equation, c, y, unit)), None
         rows = ~done
-        s[rows] = self._newton(equation, c[rows], y[rows], unit, Newton())
+        s[rows] = self._newton(equation, c[rows], y[rows], unit)
         return s, None
 
-    def _newton(self, equation: FoldedEquation, c: Tensor, y: Tensor, unit: Tensor, settings: Newton) -> Tensor:
+    def _newton(self, equation: FoldedEquation, c: Tensor, y: Tensor, unit: Tensor) -> Tensor:
         def scaled(s: Tensor, c: Tensor) -> Tensor:
             return equation.residual(s, c) / unit
 
@@ -259,10 +275,12 @@ class LowRankResidual(Bijection):
             "scale": (y.abs().amax(-1, keepdim=True) + push.abs().amax(-1, keepdim=True)).expand(c.shape),
             "gather": not self._batch_shape,
         }
-        solution = settings(scaled, start, c, step=step, **how)
-        if self.solver is None:
-            solution = finish_by_fixed_point(solution, scaled, start, (c,), self.lipschitz, unit=unit, **how)
-        return finish(solution, "LowRankResidual", settings, given=y.expand(*c.shape[:-1], -1))
+        solution = self.solver(scaled, start, c, step=step, **how)
+        if self.solver.max_steps is None:
+            solution = finish_by_fixed_point(
+                solution, self.solver, scaled, start, (c,), self.lipschitz, unit=unit, **how
+            )
+        return finish(solution, "LowRankResidual", self.solver, given=y.expand(*c.shape[:-1], -1))
 
     @full_precision
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, Any]) -> Tensor:
@@ -287,10 +305,24 @@ def low_rank_residual(
     activation: Callable[[], nn.Module] = LipSwish,
     order: int = 1,
     solver: Newton | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    on_failure: str | None = None,
 ) -> LowRankResidual:
     """Build a :class:`LowRankResidual`."""
     return LowRankResidual(
-        input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+        input_dim,
+        hidden_dim,
+        form=form,
+        lipschitz=lipschitz,
+        activation=activation,
+        order=order,
+        solver=solver,
+        atol=atol,
+        rtol=rtol,
+        max_steps=max_steps,
+        on_failure=on_failure,
     )
 
 
@@ -304,6 +336,10 @@ def iresnet(
     activation: Callable[[], nn.Module] = LipSwish,
     order: int = 1,
     solver: Newton | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    on_failure: str | None = None,
     recompute: bool = False,
 ) -> Chain:
     """Build an invertible residual network: :class:`LowRankResidual` blocks with learned scales between them.
@@ -319,6 +355,10 @@ def iresnet(
         activation: As in :class:`LowRankResidual`.
         order: As in :class:`LowRankResidual`.
         solver: As in :class:`LowRankResidual`.
+        atol: As in :class:`LowRankResidual`.
+        rtol: As in :class:`LowRankResidual`.
+        max_steps: As in :class:`LowRankResidual`.
+        on_failure: As in :class:`LowRankResidual`.
         recompute: As in :class:`~pyro_invflows.Chain`: keep no activations.
 
     Raises:
@@ -335,7 +375,17 @@ def iresnet(
         if i:
             parts.append(Diagonal(input_dim))
         layer = low_rank_residual(
-            input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
+            input_dim,
+            hidden_dim,
+            form=form,
+            lipschitz=lipschitz,
+            activation=activation,
+            order=order,
+            solver=solver,
+            atol=atol,
+            rtol=rtol,
+            max_steps=max_steps,
+            on_failure=on_failure,
         )
         parts.append(layer)
     return Chain(parts, recompute=recompute)

@@ -13,7 +13,18 @@ from torch.distributions import Transform, constraints
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.foreign import as_bijection
 from pyro_invflows.core.structure import Structure
-from pyro_invflows.solvers import Bisection, Newton, Settings, Solution, Status, finish, implicit_gradient
+from pyro_invflows.solvers import (
+    Anderson,
+    Bisection,
+    FixedPoint,
+    Newton,
+    Settings,
+    Solution,
+    Status,
+    finish,
+    implicit_gradient,
+)
+from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.support.checks import described
 from pyro_invflows.support.derivatives import outside_inference_mode
@@ -49,7 +60,12 @@ class NumericalInverse(Structure):
             x_i, in some order) or ``"dense"``. The default is elementwise for event dimension 0, triangular where t
             says that it is ``autoregressive``, and else dense.
         solver: ``solvers.Newton``, ``Anderson`` or ``FixedPoint`` for the dense and triangular structures,
-            ``solvers.Bisection`` for the elementwise one: tolerances, bounds, and what happens on failure.
+            ``solvers.Bisection`` for the elementwise one: tolerances, bounds, and what happens on failure. The defaults
+            are ``Newton()`` and ``Bisection()``.
+        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        rtol: Relative tolerance, likewise.
+        max_steps: Bound on the steps, likewise.
+        on_failure: What happens to rows that did not converge, likewise.
         order: Highest order of derivatives of the inverse, 1 or 2.
         ordering: For the triangular structure: the coordinates in the order in which they depend on each other; the
             default is that of t's autoregressive network, or 0, 1, 2, ...
@@ -76,7 +92,11 @@ class NumericalInverse(Structure):
         transform: Transform,
         *,
         structure: str | None = None,
-        solver: Settings | None = None,
+        solver: Newton | Anderson | FixedPoint | Bisection | None = None,
+        atol: float | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        on_failure: str | None = None,
         order: int = 1,
         ordering: Sequence[int] | None = None,
         cache_size: int = 1,
@@ -99,7 +119,17 @@ class NumericalInverse(Structure):
         if order not in (1, 2):
             raise ValueError(f"NumericalInverse: order must be 1 or 2, but got {order!r}.")
         self.structure, self.order = structure, order
-        self.solver = _check_solver(solver, structure)
+        elementwise = structure == "elementwise"
+        self.solver: Settings = chosen_settings(
+            Bisection() if elementwise else Newton(),
+            solver,
+            f"NumericalInverse with the {structure} structure",
+            kinds=(Bisection,) if elementwise else (Newton, Anderson, FixedPoint),
+            atol=atol,
+            rtol=rtol,
+            max_steps=max_steps,
+            on_failure=on_failure,
+        )
         self.ordering = None if ordering is None else [int(i) for i in ordering]
         if self.ordering is not None and sorted(self.ordering) != list(range(len(self.ordering))):
             raise ValueError(f"NumericalInverse: ordering must be a permutation of 0, 1, ..., but got {self.ordering}.")
@@ -265,18 +295,6 @@ def _check_transform(transform: Any) -> None:
         )
 
 
-def _check_solver(solver: Settings | None, structure: str) -> Settings:
-    if solver is None:
-        return Bisection() if structure == "elementwise" else Newton()
-    elementwise = structure == "elementwise"
-    fits = isinstance(solver, Settings) and callable(solver) and isinstance(solver, Bisection) == elementwise
-    if not fits:  # Settings themselves are what solvers share, not a solver
-        given = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
-        wanted = "solvers.Bisection()" if elementwise else "a solver such as solvers.Newton()"
-        raise TypeError(f"NumericalInverse: the {structure} structure needs {wanted}, but got {given}.")
-    return solver
-
-
 def _by_rows(solution: Solution, event_dim: int) -> Solution:
     """Gather the elements of an event: a row has converged when all its elements have."""
     if not event_dim:
@@ -289,9 +307,23 @@ def numerical_inverse(
     transform: Transform,
     *,
     structure: str | None = None,
-    solver: Settings | None = None,
+    solver: Newton | Anderson | FixedPoint | Bisection | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    on_failure: str | None = None,
     order: int = 1,
     ordering: Sequence[int] | None = None,
 ) -> NumericalInverse:
     """Build a :class:`NumericalInverse`."""
-    return NumericalInverse(transform, structure=structure, solver=solver, order=order, ordering=ordering)
+    return NumericalInverse(
+        transform,
+        structure=structure,
+        solver=solver,
+        atol=atol,
+        rtol=rtol,
+        max_steps=max_steps,
+        on_failure=on_failure,
+        order=order,
+        ordering=ordering,
+    )

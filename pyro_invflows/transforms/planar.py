@@ -17,18 +17,10 @@ from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.solvers import Newton, tanh_root, tanh_slope
+from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.support.precision import at_least_single, full_precision
 
 __all__ = ["Planar", "Radial", "conditional_planar", "conditional_radial", "planar", "radial"]
-
-
-def check_newton(solver: Newton | None, default: Newton, owner: str) -> Newton:
-    """Return the solver's settings, or the default."""
-    if solver is None:
-        return default
-    if not isinstance(solver, Newton):
-        raise TypeError(f"{owner}: solver must be solvers.Newton(...), but got {type(solver).__name__}.")
-    return solver
 
 
 class Planar(Bijection):
@@ -49,7 +41,12 @@ class Planar(Bijection):
 
     Args:
         input_dim: D.
-        solver: Tolerances of the root, and what happens on failure; ``solvers.Newton(...)``.
+        solver: Tolerances of the root, the bound on the steps (40), and what happens on failure; default
+            ``solvers.Newton()``.
+        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        rtol: Relative tolerance, likewise.
+        max_steps: Bound on the steps, likewise.
+        on_failure: What happens to rows that did not converge, likewise.
 
     Shape:
         ``(*B, D) -> (*B, D)``.
@@ -74,10 +71,22 @@ class Planar(Bijection):
 
     input_dim: int
 
-    def __init__(self, input_dim: int, *, solver: Newton | None = None, cache_size: int = 1) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        solver: Newton | None = None,
+        atol: float | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        on_failure: str | None = None,
+        cache_size: int = 1,
+    ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
         input_dim = self.input_dim
-        self.solver = check_newton(solver, Newton(), "Planar")
+        self.solver = chosen_settings(
+            Newton(), solver, "Planar", atol=atol, rtol=rtol, max_steps=max_steps, on_failure=on_failure
+        )
         self.u = nn.Parameter(torch.empty(input_dim))
         self.w = nn.Parameter(torch.empty(input_dim))
         self.bias = nn.Parameter(torch.empty(1))
@@ -213,9 +222,17 @@ class Radial(Bijection):
         return ((self.input_dim - 1) * tangential + radial).squeeze(-1)
 
 
-def planar(input_dim: int, *, solver: Newton | None = None) -> Planar:
+def planar(
+    input_dim: int,
+    *,
+    solver: Newton | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    on_failure: str | None = None,
+) -> Planar:
     """Build a :class:`Planar`."""
-    return Planar(input_dim, solver=solver)
+    return Planar(input_dim, solver=solver, atol=atol, rtol=rtol, max_steps=max_steps, on_failure=on_failure)
 
 
 def radial(input_dim: int) -> Radial:

@@ -19,10 +19,10 @@ from pyro_invflows.solvers import (
     tanh_slope,
     triangular_tanh_root,
 )
+from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.constants import HoldsConstants
 from pyro_invflows.support.precision import at_least_single, full_precision
-from pyro_invflows.transforms.planar import check_newton
 
 __all__ = ["Sylvester", "conditional_sylvester", "sylvester"]
 
@@ -52,7 +52,12 @@ class Sylvester(HoldsConstants, Bijection):
         input_dim: D.
         hidden_dim: m, between 1 and D; default ``min(D, 32)``.
         num_reflections: k, the Householder reflections in Q; the default m reaches every frame.
-        solver: Tolerances, the bound on triangular Newton steps (8), and what happens on failure.
+        solver: Tolerances, the bound on triangular Newton steps (8), and what happens on failure; default
+            ``solvers.Newton()``.
+        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        rtol: Relative tolerance, likewise.
+        max_steps: Bound on the steps, likewise.
+        on_failure: What happens to rows that did not converge, likewise.
 
     Shape:
         ``(*B, D) -> (*B, D)``.
@@ -85,6 +90,10 @@ class Sylvester(HoldsConstants, Bijection):
         *,
         num_reflections: int | None = None,
         solver: Newton | None = None,
+        atol: float | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        on_failure: str | None = None,
         cache_size: int = 1,
     ) -> None:
         super().__init__(input_dim, cache_size=cache_size)
@@ -97,7 +106,9 @@ class Sylvester(HoldsConstants, Bijection):
             )
         k = m if num_reflections is None else positive_int(num_reflections, "num_reflections", "Sylvester", minimum=0)
         self.hidden_dim, self.num_reflections = m, k
-        self.solver = check_newton(solver, Newton(max_steps=8), "Sylvester")
+        self.solver = chosen_settings(
+            Newton(), solver, "Sylvester", atol=atol, rtol=rtol, max_steps=max_steps, on_failure=on_failure
+        )
         self.vectors = nn.Parameter(torch.empty(k, input_dim))
         self.weight = nn.Parameter(torch.empty(m, m))
         self.raw_scale = nn.Parameter(torch.empty(m))
@@ -181,9 +192,22 @@ def sylvester(
     *,
     num_reflections: int | None = None,
     solver: Newton | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
+    on_failure: str | None = None,
 ) -> Sylvester:
     """Build a :class:`Sylvester`."""
-    return Sylvester(input_dim, hidden_dim, num_reflections=num_reflections, solver=solver)
+    return Sylvester(
+        input_dim,
+        hidden_dim,
+        num_reflections=num_reflections,
+        solver=solver,
+        atol=atol,
+        rtol=rtol,
+        max_steps=max_steps,
+        on_failure=on_failure,
+    )
 
 
 def conditional_sylvester(
