@@ -336,6 +336,28 @@ def test_masked_networks_are_autoregressive(dim, context_dim, hidden):
         assert (jacobian[..., :dim].tril(-1) != 0).sum() == 3 * dim * (dim - 1) / 2
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_narrow_masked_networks_reach_every_coordinate(context_dim):
+    """Fewer units than coordinates: the last outputs still see late inputs, not those before the width alone."""
+    dim, width = 40, 10
+    network = scatter(masked_network(dim, [width, width], 1, context_dim=context_dim).double())
+    jacobian = torch.func.jacrev(network)(torch.randn(dim + context_dim, dtype=torch.float64))
+    seen = jacobian[:, :dim] != 0
+    assert not seen.triu().any()
+    for i in range(1, dim):
+        latest = max(seen[i].nonzero().flatten().tolist(), default=-1)
+        assert i - 1 - latest < dim / width
+    assert (jacobian[:, dim:] != 0).all()
+
+
+@pytest.mark.parametrize(("make", "most"), [(pf.affine_coupling, 400_000), (pf.generalized_sylvester, 1_700_000)])
+def test_default_networks_stay_moderate_in_many_dimensions(make, most):
+    """What nobody chose must not grow with the square of the dimension; W has 784^2 of these by itself."""
+    assert sum(p.numel() for p in make(784).parameters()) < most
+    hidden = [m.out_features for m in make(20).hypernet if hasattr(m, "out_features")]
+    assert hidden[:2] == ([200, 200] if make is pf.affine_coupling else [64, 64])
+
+
 @pytest.mark.parametrize("make", ALL)
 def test_starts_at_the_identity_and_moves(make):
     layer = make(4)

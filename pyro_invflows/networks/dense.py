@@ -9,7 +9,15 @@ from torch import nn
 
 from pyro_invflows.support.checks import activation_constructor, is_int, positive_int, widths
 
-__all__ = ["conv_network", "dense_network"]
+__all__ = ["conv_network", "default_hidden_dims", "dense_network"]
+
+#: Widths that nobody chose go no further: two such layers hold 65 000 weights between them.
+_LARGEST_DEFAULT_WIDTH = 256
+
+
+def default_hidden_dims(width: int) -> list[int]:
+    """Return two hidden layers of a width that grows with the event, up to 256."""
+    return [min(width, _LARGEST_DEFAULT_WIDTH)] * 2
 
 
 def dense_network(

@@ -77,7 +77,9 @@ def masked_network(
     # A unit of degree k sees the inputs up to k; those of degree 0 see the context only.
     lowest = 0 if context_dim or input_dim == 1 else 1
     for width in widths(hidden_dims, "masked_network"):
-        spread = [min(k % max(input_dim - lowest, 1) + lowest, input_dim - 1) for k in range(width)]
+        count = max(input_dim - lowest, 1)  # degrees; a layer with fewer units leaves out every few of them
+        spread = [k % count if width >= count else k * count // width for k in range(width)]
+        spread = [min(k + lowest, input_dim - 1) for k in spread]
         degrees.append(spread or [-1])  # a width of zero becomes one unit that sees nothing: torch has no empty layers
     degrees.append([*range(input_dim)] * num_outputs)
     layers: list[nn.Module] = []

@@ -17,6 +17,7 @@ from pyro_invflows.core.events import negative_axis
 from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import conv_network, dense_network
 from pyro_invflows.networks.calling import call_network
+from pyro_invflows.networks.dense import default_hidden_dims
 from pyro_invflows.support.checks import positive_int, widths
 
 __all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
@@ -225,7 +226,7 @@ def affine_coupling(
 
     Args:
         input_dim: D, the number of elements (channels) along ``dim``.
-        hidden_dims: Hidden widths (channels) of the network; default two of ``10 * input_dim``.
+        hidden_dims: Hidden widths (channels) of the network; default two of ``min(10 * input_dim, 256)``.
         split_dim: Default ``input_dim // 2``.
         dim: -1 builds a dense network, -2, -3 and -4 a convolutional one with 1, 2 or 3 spatial dimensions.
         keep: As in the class.
@@ -241,7 +242,7 @@ def affine_coupling(
     context_dim = positive_int(context_dim, "context_dim", "affine_coupling", minimum=0)
     negative_axis(dim, "affine_coupling")
     split_dim = input_dim // 2 if split_dim is None else positive_int(split_dim, "split_dim", "affine_coupling", 0)
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else widths(hidden_dims, "affine_coupling")
+    hidden_dims = default_hidden_dims(10 * input_dim) if hidden_dims is None else widths(hidden_dims, "affine_coupling")
     hypernet = None
     if split_dim + context_dim > 0 and split_dim < input_dim:
         out = (input_dim - split_dim) * (1 if scale is None else 2)

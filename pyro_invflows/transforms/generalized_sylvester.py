@@ -16,6 +16,7 @@ from pyro_invflows.core.conditional import Conditional
 from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
+from pyro_invflows.networks.dense import default_hidden_dims
 from pyro_invflows.solvers import (
     Sweeps,
     finish,
@@ -56,7 +57,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
 
     Args:
         input_dim: D.
-        hidden_dims: Hidden widths of the network; default two of ``max(64, 3 D)``.
+        hidden_dims: Hidden widths of the network; default two of ``min(max(64, 3 D), 256)``.
         num_reflections: Householder reflections in W; default as in :class:`~pyro_invflows.Orthogonal`.
         context_dim: Width of the context that the network also takes (see :class:`~pyro_invflows.Conditional`); while
             not conditioned, the context is zero.
@@ -118,7 +119,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
             Sweeps(), solver, owner, atol=atol, rtol=rtol, max_steps=max_steps, on_failure=on_failure
         )
         self.vectors = nn.Parameter(torch.empty(k, input_dim))
-        hidden = [max(64, 3 * input_dim)] * 2 if hidden_dims is None else hidden_dims
+        hidden = default_hidden_dims(max(64, 3 * input_dim)) if hidden_dims is None else hidden_dims
         self.hypernet = masked_network(
             input_dim, hidden, 4, context_dim=context_dim, activation=activation, zero_output=True
         )
