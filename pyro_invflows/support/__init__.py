@@ -1,1 +1,1 @@
-"""Errors, argument checks, constants, devices, hand-written derivatives: what every floor above may use."""
+"""What every other subpackage may use: errors, argument checks, constants, devices, precision, derivatives."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that many constructors share; each error says what must hold and what was given."""
+"""Argument checks shared by many constructors. Each error says what must hold and what was given."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is an integer, those of numpy and torch included, and not a bool."""
+    """Whether a value is an integer (of Python, numpy or torch) and not a bool."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return False
     try:
@@ -35,14 +35,14 @@ def is_int(value: Any) -> bool:
 
 
 def integer(value: Any, name: str, owner: str) -> int:
-    """Check an integer, and return it as Python's own."""
+    """Check that a value is an integer, and return it as a Python int."""
     if not is_int(value):
         raise TypeError(f"{owner}: {name} must be an int, but got {value!r}.")
     return operator.index(value)
 
 
 def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
-    """Check a structural size, and return it as Python's own integer."""
+    """Check that a size is an integer of at least ``minimum``, and return it as a Python int."""
     value = integer(value, name, owner)
     if value < minimum:
         raise ValueError(f"{owner}: {name} must be at least {minimum}, but got {value}.")
@@ -50,14 +50,14 @@ def positive_int(value: Any, name: str, owner: str, minimum: int = 1) -> int:
 
 
 def widths(values: Any, owner: str, name: str = "hidden_dims", minimum: int = 0) -> list[int]:
-    """Check the widths of a network's hidden layers; where 0 is allowed it is a layer without units."""
+    """Check the widths of a network's hidden layers. If ``minimum`` is 0, a layer may have no units."""
     if not isinstance(values, Iterable):
         raise TypeError(f"{owner}: {name} must be a sequence of ints, such as (64, 64), but got {values!r}.")
     return [positive_int(value, f"each of {name}", owner, minimum) for value in values]
 
 
 def activation_constructor(value: Any, owner: str) -> Any:
-    """Check what makes a network's activations."""
+    """Check the constructor of a network's activations."""
     if isinstance(value, nn.Module) or not callable(value):
         raise TypeError(f"{owner}: activation must be a constructor, such as nn.Tanh, but got {value!r}.")
     if value in (torch.tanh, torch.sin, torch.relu, torch.sigmoid):
@@ -66,22 +66,24 @@ def activation_constructor(value: Any, owner: str) -> Any:
 
 
 def floating_tensor(value: Any, name: str, owner: str) -> Tensor:
-    """Check that a value is a floating point tensor."""
+    """Check that a value is a floating point tensor, and return it."""
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{owner}: {name} must be a floating point tensor, but got {kind}; see torch.as_tensor.")
+        raise TypeError(
+            f"{owner}: {name} must be a floating point tensor, but got {kind}. Convert it with torch.as_tensor."
+        )
     return value
 
 
 def derivative_order(order: int, owner: str) -> int:
-    """Check the highest order of derivatives that is asked of an inverse."""
+    """Check the derivative order that an inverse is asked to support."""
     if order not in (1, 2):
         raise ValueError(f"{owner}: order must be 1 or 2, but got {order!r}.")
     return order
 
 
 def described(value: Any) -> str:
-    """Say what was given in place of a transform, for an error's text; a factory or a class that was not called."""
+    """Describe, in an error message, what was given in place of a transform; hint at a class or factory not called."""
     call = value.func if isinstance(value, partial) else value
     if isinstance(call, type):
         return f"the class {call.__name__}; did you mean {call.__name__}(...)?"

@@ -1,4 +1,4 @@
-"""What several hand-written derivatives share."""
+"""Helpers for hand-written derivatives."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = [
 
 
 def in_reverse_mode_only() -> bool:
-    """Whether a graph is being built for the backward pass and for nothing else.
+    """Whether autograd is recording for a backward pass, outside of every other mode.
 
-    There a hand-written function without forward mode and ``torch.func`` will do; under autocast it would have to
-    follow its rules.
+    Then an autograd function may do without forward mode and ``torch.func``. Autocast counts as another mode, because
+    under it the function would have to follow autocast's casting rules.
     """
     if torch.compiler.is_compiling() or in_functorch():
         return False
@@ -34,10 +34,10 @@ def in_reverse_mode_only() -> bool:
 
 
 def steps_with_graph() -> int:
-    """Return how many Newton steps from a constant root bring every derivative that may be asked for.
+    """Return how many recorded Newton steps, from a constant root, give every derivative that may be requested.
 
-    Each step that keeps its graph doubles the order up to which derivatives are right, plus one: 1, 3, 7. Counted are
-    those that ``torch.func`` is taking and one more by autograd outside of it; never fewer than two steps.
+    After n steps that keep their graph, derivatives are right up to order ``2^n - 1``. The order needed is the number
+    of derivatives that ``torch.func`` is taking, plus one by autograd outside of it. At least two steps are taken.
     """
     return max(2, (derivative_levels() + 1).bit_length())
 
@@ -45,16 +45,16 @@ def steps_with_graph() -> int:
 def gradients_with_graph(
     function: Callable[..., Any], inputs: Sequence[Tensor | None], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a hand-written function in a way that can be differentiated again.
+    """Return the gradients of a hand-written function so that they can be differentiated again.
 
-    For a backward pass that finds gradients enabled. Not cheap: it evaluates the function once more.
+    For a backward pass that runs with gradients enabled. Expensive: it evaluates the function once more.
 
     Args:
-        function: The same by torch's own operations, of the same inputs; returns a tensor or a tuple of them.
-        inputs: As saved, with the graph that made them.
-        grads: Of the outputs.
+        function: The same function of the same inputs, written in torch operations; returns a tensor or a tuple.
+        inputs: The saved inputs, with the graph that produced them.
+        grads: Gradients of the outputs.
     """
-    # views, so that an input that was computed from another does not count twice
+    # views, so that an input that was computed from another one is not counted twice
     views = [None if t is None else t.view_as(t) for t in inputs]
     wanted = [t for t in views if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(function(*views), wanted, grads, create_graph=True, allow_unused=True))
@@ -62,9 +62,9 @@ def gradients_with_graph(
 
 
 def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method differentiate inside itself although its caller is in inference mode, which records nothing.
+    """Let a method use autograd internally even if its caller is in inference mode, which records nothing.
 
-    There it runs under ``no_grad`` instead, on copies of its tensors.
+    In that case the method runs under ``no_grad`` instead, on clones of its tensor arguments.
     """
 
     @functools.wraps(method)
@@ -80,15 +80,14 @@ def outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
 def first_order_only(
     results: Sequence[Tensor | None], anchors: Sequence[Tensor | None], message: str
 ) -> tuple[Tensor | None, ...]:
-    """Return the results as they are, but so that a derivative of them raises ``NotImplementedError``.
+    """Return the results unchanged, except that differentiating them raises ``NotImplementedError``.
 
-    For the backward pass of a function whose own derivative would be wrong or zero. Costs nothing where no graph is
-    being built.
+    For a backward pass whose own derivative would be wrong or zero. Costs nothing unless a graph is being built.
 
     Args:
-        results: Gradients, some perhaps None.
-        anchors: What they truly depend on: whoever asks for a derivative asks for one of these.
-        message: The error's text.
+        results: Gradients; some may be None.
+        anchors: The tensors that the results truly depend on; a further derivative is with respect to one of these.
+        message: Text of the error.
     """
     live = [t for t in anchors if t is not None and t.requires_grad]
     if not torch.is_grad_enabled() or not live:

@@ -1,4 +1,4 @@
-"""What devices lack."""
+"""Limitations of devices."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["lacks_float64"]
 
 
 def lacks_float64(device: torch.device) -> bool:
-    """Whether a device has no double precision."""
+    """Whether a device does not support double precision."""
     return device.type == "mps"

@@ -10,15 +10,16 @@ __all__ = ["ConvergenceError", "ConvergenceWarning", "ReconstructionError"]
 class ConvergenceError(RuntimeError):
     """An iterative inverse did not reach its tolerance, so no value is returned.
 
-    The message names the layer, the steps taken, the worst residual, the fraction of the batch and a remedy.
+    The message names the layer, the steps taken, the worst residual, the fraction of the batch that failed, and a
+    remedy.
     """
 
-    #: The :class:`~pyro_invflows.solvers.Solution` that was refused: its ``status`` says which rows failed.
+    #: The rejected :class:`~pyro_invflows.solvers.Solution`; its ``status`` says which rows failed.
     solution: Any = None
 
 
 class ConvergenceWarning(RuntimeWarning):
-    """An iterative inverse did not reach its tolerance and the caller asked to be warned, not stopped."""
+    """An iterative inverse did not reach its tolerance, and the caller asked for a warning instead of an error."""
 
 
 class ReconstructionError(RuntimeError):

@@ -1,4 +1,4 @@
-"""What torch is doing at the moment: the only place that reads its private state."""
+"""The modes that torch is currently in. This is the only module that reads torch's private state."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ __all__ = [
     "saves_through_hooks",
 ]
 
-#: Whether a transform of ``torch.func`` is active: values may be batched or dual behind their shapes.
+#: Whether a ``torch.func`` transform is active, so that tensors may have hidden batch dimensions or tangents.
 in_functorch = torch._C._are_functorch_transforms_active
 #: Whether autocast is on for some device.
 is_any_autocast = torch._C._is_any_autocast_enabled
-#: Whether ``torch.jit.trace`` records.
+#: Whether ``torch.jit.trace`` is recording.
 is_tracing = torch._C._is_tracing
 
 
 def functorch_level() -> int:
-    """Return how many transforms of ``torch.func`` are active."""
+    """Return the number of active ``torch.func`` transforms."""
     return torch._C._functorch.maybe_current_level() or 0
 
 
 def forward_levels() -> int:
-    """Return how many forward-mode derivatives are being taken, one of another: 2 in ``jacfwd(jacfwd(f))``.
+    """Return the number of nested forward-mode derivatives being taken: 2 in ``jacfwd(jacfwd(f))``.
 
-    An autograd function's ``jvp`` is seen by the innermost of them alone: the others take its result for a constant.
-    The same holds for torch's ``slogdet`` and ``solve``, and there the second derivative may be in any mode.
+    Only the innermost one sees an autograd function's ``jvp``; the others treat its result as a constant. The same
+    holds for torch's ``slogdet`` and ``solve``, whatever mode the outer derivative is taken in.
     """
     return _count_levels(TransformType.Jvp) or int(in_forward_mode())
 
 
 def derivative_levels() -> int:
-    """Return how many derivatives are being taken by ``torch.func``, one of another, in any mode."""
+    """Return the number of nested derivatives that ``torch.func`` is taking, in any mode."""
     return _count_levels(TransformType.Jvp, TransformType.Grad)
 
 
 def _count_levels(*kinds: TransformType) -> int:
     if not in_functorch():
         return 0
-    if torch.compiler.is_compiling():  # the compiler cannot look any closer: assume what needs most care
+    if torch.compiler.is_compiling():  # the compiler cannot inspect the stack: assume the most demanding case
         return 2
     return sum(level.key() in kinds for level in torch._C._functorch.get_interpreter_stack())
 
 
 def in_forward_mode() -> bool:
-    """Whether dual numbers of ``torch.autograd.forward_ad`` may be about."""
+    """Whether ``torch.autograd.forward_ad`` is active, so that tensors may carry tangents."""
     return forward_ad._current_level >= 0
 
 
 def saves_through_hooks() -> bool:
-    """Whether autograd hands what it saves to hooks: activation checkpointing, offloading.
+    """Whether autograd passes the tensors that it saves to hooks, as in activation checkpointing and offloading.
 
-    Checkpointing runs the same code twice and must see the same tensors saved.
+    Checkpointing runs the same code twice and requires that the same tensors be saved both times.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

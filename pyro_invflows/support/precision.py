@@ -1,4 +1,4 @@
-"""How precisely a layer computes: outside autocast, and never in half precision where that would not do."""
+"""The precision that a layer computes in: outside autocast, and in float32 where half precision is not enough."""
 
 from __future__ import annotations
 
@@ -37,27 +37,28 @@ def is_autocast(value: Tensor) -> bool:
 
 
 def without_autocast(value: Tensor) -> Any:
-    """Switch autocast off, under which products are rounded to half precision."""
+    """Return a context that switches autocast off, which would round products to half precision."""
     return torch.autocast(value.device.type, enabled=False) if is_autocast(value) else nullcontext()
 
 
 def at_least_single(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a hook of a layer in half precision in float32, on a copy of the layer; round only what it returns.
+    """Run a hook in float32 if the layer is in half precision, on a copy of the layer; round only the result.
 
     For equations, decompositions and determinants: torch has no triangular solve or factorisation in half precision,
-    and what half precision rounds on the way comes back multiplied by a condition number. The dtype of the result (of
-    the first one, where there are two: the other is the aux) is that of the first argument, or of the layer's tensors.
+    and rounding errors on the way would be amplified by a condition number. The result has the dtype of the first
+    argument, or of the layer's tensors if there is none. If the hook returns two results, the second one (the aux) is
+    not rounded.
     """
 
     @functools.wraps(method)
     def run(self: Any, *args: Any) -> Any:
         value = args[0] if args else next(itertools.chain(self.parameters(), self.buffers()))
-        # under autocast an input may be in half precision where the layer is not
+        # under autocast an input may be in half precision although the layer is not
         if value.dtype not in HALF or not _is_half(self):
             return method(self, *args)
         with without_autocast(value):
             layer = in_single_precision(self)
-            compute_tensors(layer)  # pruned ones: the copy has only their originals
+            compute_tensors(layer)  # of pruned tensors the copy has only the originals
             result = method(layer, *_in_single(args))
             if isinstance(result, Tensor):
                 return result.to(value.dtype)
@@ -69,7 +70,7 @@ def at_least_single(method: Callable[..., Any]) -> Callable[..., Any]:
 def outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     """Run a layer's hook outside autocast, in the precision of its parameters.
 
-    For what solves equations to a tolerance, which autocast would keep out of reach, and for determinants.
+    For solvers, whose tolerance could not be reached under autocast, and for determinants.
     """
 
     @functools.wraps(method)
@@ -83,14 +84,14 @@ def outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a layer's hook :func:`outside_autocast` and :func:`at_least_single`."""
+    """Apply both :func:`outside_autocast` and :func:`at_least_single` to a layer's hook."""
     return at_least_single(outside_autocast(method))
 
 
 def in_single_precision(module: _Module) -> _Module:
-    """Return a shallow copy of a module, and of all inside it, with float32 for half precision; gradients pass.
+    """Return a shallow copy of a module and its children, with half-precision tensors converted to float32.
 
-    The module is left alone: other threads may be using it.
+    Gradients flow back to the original tensors. The module itself stays unchanged: other threads may be using it.
     """
     new = object.__new__(type(module))  # copy.copy would ask parametrised modules for their state, which they refuse
     new.__dict__.update(module.__dict__)
@@ -104,7 +105,7 @@ def in_single_precision(module: _Module) -> _Module:
 
 
 def _is_half(module: nn.Module) -> bool:
-    """Whether a tensor of the module, or of one inside it, is in half precision."""
+    """Whether a tensor of the module, or of one of its children, is in half precision."""
     own = (*module._parameters.values(), *module._buffers.values())  # parameters() cannot be compiled
     if any(t is not None and t.dtype in HALF for t in own):
         return True
