@@ -21,6 +21,7 @@ from torch.distributions.transforms import _InverseTransform
 from pyro_invflows.core import memo
 from pyro_invflows.core.events import event_constraint, negative_axis
 from pyro_invflows.core.memo import FORWARD, INVERSE
+from pyro_invflows.networks.network import restart
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.modes import is_any_autocast
@@ -50,7 +51,7 @@ class Bijection(TransformModule):
     * :meth:`_aux`: the aux when only x and y are known; by default that of the forward pass at x.
     * :meth:`_check`: further checks of an input; call ``super()._check(value, inverse)`` first.
     * :meth:`trace_event`: where the event shape changes, or more is known about it than ``input_dim``.
-    * ``reset_parameters()``: restores the start, constants included; every layer with parameters has one.
+    * :meth:`reset_parameters`: restores the start, constants included; every layer with parameters of its own has one.
     * ``fit(data)``: sets what comes from data; returns self.
     * ``extra_repr``, ``_apply``, ``_load_from_state_dict``, as in any module; call ``super()``.
 
@@ -180,6 +181,20 @@ class Bijection(TransformModule):
                     f"but got {known}."
                 )
         return sizes
+
+    def reset_parameters(self) -> None:
+        """Restore the start: that of a newly built layer, with new draws where these are drawn.
+
+        By default that of all parts and sub-networks: a module in them that has a ``reset_parameters`` is in charge of
+        all that it holds, any other is searched for such modules. Parameters of foreign modules without one keep their
+        values.
+        """
+        if any(parameter is not None for parameter in self._parameters.values()):
+            raise NotImplementedError(
+                f"{type(self).__name__} has parameters of its own, so it must define reset_parameters()."
+            )
+        for child in self.children():
+            restart(child)
 
     # ------------------------------------------------------------------ shapes
 

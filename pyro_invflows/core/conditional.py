@@ -14,6 +14,7 @@ from pyro_invflows.core.kinds import ContextLayer, Elementwise
 from pyro_invflows.core.rebind import rebind
 from pyro_invflows.networks import dense_network
 from pyro_invflows.networks.calling import call_network
+from pyro_invflows.networks.network import restart
 from pyro_invflows.support.checks import described, positive_int
 from pyro_invflows.support.computed import computed_names
 from pyro_invflows.support.modes import is_any_autocast
@@ -164,6 +165,11 @@ class Conditional(nn.Module):
     def forward(self, context: Tensor) -> Bijection:
         """Return ``condition(context)``."""
         return self.condition(context)
+
+    def reset_parameters(self) -> None:
+        """Restore the start of the template and of the hypernetwork."""
+        for module in self.children():
+            restart(module)
 
     def clear_cache(self) -> None:
         """Forget the template's last evaluation."""

@@ -16,6 +16,7 @@ from pyro_invflows.core.chain import Chain
 from pyro_invflows.core.distribution_module import DistributionModule, kind_of, refuse_gradients
 from pyro_invflows.core.flow_distribution import FlowDistribution
 from pyro_invflows.core.rebind import settled
+from pyro_invflows.networks.network import restart
 from pyro_invflows.support.checks import described
 
 __all__ = ["Flow"]
@@ -145,6 +146,10 @@ class Flow(nn.Module):
         if name in ("log_prob", "sample", "rsample", "rsample_and_log_prob"):
             raise AttributeError(f"A Flow is a module; its distribution is flow(), so call flow().{name}(...).")
         return super().__getattr__(name)
+
+    def reset_parameters(self) -> None:
+        """Restore the start of all layers. The base, also a trainable one, keeps its arguments, which were given."""
+        restart(self.transforms)
 
     def clear_cache(self) -> None:
         """Forget the layers' last evaluations."""

@@ -29,7 +29,12 @@ class LipSwish(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.raw_beta = nn.Parameter(torch.tensor(0.5))
+        self.raw_beta = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set raw beta to 0.5."""
+        nn.init.constant_(self.raw_beta, 0.5)
 
     def _beta(self) -> Tensor:
         return F.softplus(self.raw_beta).clamp_min(1e-6)  # frozen() divides by it

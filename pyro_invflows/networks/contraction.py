@@ -22,6 +22,7 @@ from pyro_invflows import linalg
 from pyro_invflows.networks.activations import LipSwish, value_and_slope
 from pyro_invflows.networks.dense import dense_network
 from pyro_invflows.networks.linearisation import Linearisation
+from pyro_invflows.networks.network import Network, restart
 from pyro_invflows.support.checks import activation_constructor, is_int, positive_int, widths
 from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.devices import lacks_float64
@@ -134,9 +135,14 @@ class LinearContraction(nn.Module):
         self.lipschitz = check_lipschitz(lipschitz, "LinearContraction")
         in_features = positive_int(in_features, "in_features", "LinearContraction")
         out_features = positive_int(out_features, "out_features", "LinearContraction")
-        linear = nn.Linear(in_features, out_features, bias=bias)
         self.in_features, self.out_features = in_features, out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as ``nn.Linear`` does."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def contracted(self) -> Tensor:
         """Return the matrix that acts, ``(out_features, in_features)``."""
@@ -183,9 +189,14 @@ class Conv2dContraction(nn.Module):
         kernel_size = int(kernel_size)
         in_channels = positive_int(in_channels, "in_channels", "Conv2dContraction")
         out_channels = positive_int(out_channels, "out_channels", "Conv2dContraction")
-        convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
-        self.weight, self.bias = convolution.weight, convolution.bias
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as ``nn.Conv2d`` does."""
+        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
 
     def contracted(self) -> Tensor:
         """Return the kernel that acts, ``(out_channels, in_channels, k, k)``."""
@@ -251,6 +262,15 @@ class ContractiveMLP(nn.Module):
         self.hypernet: nn.Module | None = None
         if context_dim:
             self.hypernet = dense_network(context_dim, context_hidden_dims, sum(sizes[1:]), zero_output=True)
+        self._zero()
+
+    def reset_parameters(self) -> None:
+        """Draw all layers and activations anew; zeros in the last layer, hence g = 0, whatever the context."""
+        for module in self.children():
+            restart(module)
+        self._zero()
+
+    def _zero(self) -> None:
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
@@ -361,9 +381,7 @@ def contractive_conv_network(
         if i:
             layers.append(activations[i - 1])
         layers.append(Conv2dContraction(n, m, 3 if i in (0, count - 1) else 1, lipschitz ** (1 / count)))
-    for parameter in layers[-1].parameters():
-        nn.init.zeros_(parameter)
-    return nn.Sequential(*layers)
+    return Network(*layers, zero_output=True)
 
 
 # ---------------------------------------------------------------------- what is known of other modules

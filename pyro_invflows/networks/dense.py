@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from pyro_invflows.networks.network import Network
 from pyro_invflows.support.checks import activation_constructor, is_int, positive_int, widths
 
 __all__ = ["conv_network", "default_hidden_dims", "dense_network"]
@@ -50,13 +51,9 @@ def dense_network(
             layers.append(activation())
         if n:
             layers.append(nn.Linear(n, m))
-        else:  # nn.Linear warns and starts from uninitialised bounds on a zero-width input
-            linear = nn.utils.skip_init(nn.Linear, 0, m)
-            nn.init.uniform_(linear.bias, -1, 1)
-            layers.append(linear)
-    if zero_output:
-        _zero(layers[-1])
-    return nn.Sequential(*layers)
+        else:
+            layers.append(_Constant(m))
+    return Network(*layers, zero_output=zero_output)
 
 
 def conv_network(
@@ -97,11 +94,14 @@ def conv_network(
             layers.append(activation())
         width = 3 if i in (0, len(sizes) - 2) else 1
         layers.append(convolutions[int(spatial_dims)](n, m, width, padding=width // 2))
-    if zero_output:
-        _zero(layers[-1])
-    return nn.Sequential(*layers)
+    return Network(*layers, zero_output=zero_output)
 
 
-def _zero(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
+class _Constant(nn.Linear):
+    """A linear layer of an input without elements."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__(0, out_features)
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.bias, -1, 1)  # torch's own warns, and has no bounds to draw from

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_invflows.networks.network import Network
 from pyro_invflows.support.checks import activation_constructor, positive_int, widths
 from pyro_invflows.support.constants import HoldsConstants
 
@@ -87,8 +88,4 @@ def masked_network(
         if i:
             layers.append(activation())
         layers.append(MaskedLinear(sources, targets))
-    if zero_output:
-        with torch.no_grad():
-            for parameter in layers[-1].parameters():
-                parameter.zero_()
-    return nn.Sequential(*layers)
+    return Network(*layers, zero_output=zero_output)

@@ -18,6 +18,7 @@ from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import conv_network, dense_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.networks.dense import default_hidden_dims
+from pyro_invflows.networks.network import restart
 from pyro_invflows.support.checks import positive_int, widths
 
 __all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
@@ -115,7 +116,15 @@ class AffineCoupling(ContextLayer):
                     "AffineCoupling without a network learns constants: it needs split_dim=0, context_dim=0 and "
                     f"input_dim, but got split_dim={split_dim}, context_dim={context_dim}, input_dim={input_dim}."
                 )
-            self.constants = nn.Parameter(torch.zeros(input_dim if scale is None else 2 * input_dim))
+            self.constants = nn.Parameter(torch.empty(input_dim if scale is None else 2 * input_dim))
+            nn.init.zeros_(self.constants)
+
+    def reset_parameters(self) -> None:
+        """Restore the network's start, where its modules know how; constants become 0: the identity."""
+        if self.hypernet is None:
+            nn.init.zeros_(self.constants)
+        else:
+            restart(self.hypernet)
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         super()._check(value, inverse)

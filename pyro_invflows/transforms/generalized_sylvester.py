@@ -17,6 +17,7 @@ from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.networks.dense import default_hidden_dims
+from pyro_invflows.networks.network import restart
 from pyro_invflows.solvers import (
     Sweeps,
     finish,
@@ -123,13 +124,17 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         self.hypernet = masked_network(
             input_dim, hidden, 4, context_dim=context_dim, activation=activation, zero_output=True
         )
-        self.reset_parameters()
+        self._draw_reflections()
 
     def _constants(self, like: Tensor) -> dict[str, Tensor]:
         return {"triangle": linalg.triangle_mask(self.num_reflections, like)}
 
     def reset_parameters(self) -> None:
-        """Draw the reflections; the network keeps its weights."""
+        """Restore the network's start, the identity; draw W."""
+        restart(self.hypernet)
+        self._draw_reflections()
+
+    def _draw_reflections(self) -> None:
         self.fill_constants()
         nn.init.normal_(self.vectors, std=self.input_dim**-0.5)
 

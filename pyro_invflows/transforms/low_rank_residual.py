@@ -30,6 +30,7 @@ from pyro_invflows.networks.contraction import (
     contract_product,
     make_activations,
 )
+from pyro_invflows.networks.network import restart
 from pyro_invflows.solvers import Newton, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
 from pyro_invflows.solvers.settings import chosen_settings
@@ -149,10 +150,14 @@ class LowRankResidual(Bijection):
             self.weight_mid = nn.Parameter(torch.empty(k, k))
             self.bias_in = nn.Parameter(torch.empty(k))
             self.bias_mid = nn.Parameter(torch.empty(k))
-        self.reset_parameters()
+        self._draw()
 
     def reset_parameters(self) -> None:
-        """Set the last matrix and bias to zero, the identity; draw the others."""
+        """Set the last matrix and bias to zero, the identity; draw the others; restore the activation's start."""
+        restart(self.activation)
+        self._draw()
+
+    def _draw(self) -> None:
         nn.init.normal_(self.weight_in, std=self.input_dim**-0.5)
         nn.init.zeros_(self.weight_out)
         nn.init.zeros_(self.bias_out)
