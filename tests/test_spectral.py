@@ -155,9 +155,9 @@ def test_half_precision_and_autocast_keep_the_bound():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"needs matrices"):
+    with pytest.raises(ValueError, match=r"needs non-empty matrices"):
         spectral_norm(torch.ones(3))
-    with pytest.raises(ValueError, match=r"needs matrices"):
+    with pytest.raises(ValueError, match=r"needs non-empty matrices"):
         spectral_norm_bound(torch.ones(3, 0))
     with pytest.raises(ValueError, match="rtol must be"):
         spectral_norm(torch.eye(2), rtol=-1.0)

@@ -1,4 +1,4 @@
-"""Linear algebra that several layers share. Tensors in, tensors out; nothing here knows a transform."""
+"""Linear algebra shared by several layers: functions of tensors, independent of any transform."""
 
 from pyro_invflows.linalg.accretive import contraction_log_det, contraction_matrix
 from pyro_invflows.linalg.covariance import correlations, covariance_roots, oas_weight, triangular_root

@@ -1,8 +1,9 @@
 r"""Determinants of :math:`I + M` with |M| < 1, for many small matrices at once.
 
-The symmetric part of such a matrix is positive definite, and so is that of every Schur complement of it: elimination
-needs no pivots (Mathias 1992, *Matrices with positive definite Hermitian part*), and without them one step serves all
-matrices, where LAPACK takes them one by one. For that the batch comes last in memory.
+The symmetric part of such a matrix is positive definite, and so is that of each of its Schur complements: elimination
+needs no pivoting (Mathias 1992, *Matrices with positive definite Hermitian part*). Without pivoting, each step of the
+elimination can be taken for all matrices at once, whereas LAPACK processes them one by one. For this, the batch
+dimension comes last in memory.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pyro_invflows.support.derivatives import gradients_with_graph, in_reverse_m
 
 __all__ = ["contraction_log_det", "contraction_matrix"]
 
-#: Up to this size, and from so many rows of all matrices together on, elimination is faster than LAPACK on the CPU.
+#: On the CPU, elimination is faster than LAPACK for matrices of up to this size with at least this many rows in all.
 _LARGEST, _FEWEST_ROWS = 32, 2000
-#: Entries that are worked on together: they should stay in the cache.
+#: Number of entries processed at a time; they should fit into the CPU's cache.
 _CHUNK = 2**18
 
 
@@ -37,7 +38,7 @@ def contraction_matrix(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor
 
 
 def contraction_log_det(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None = None) -> Tensor:
-    r"""Return :math:`\log\det(I + A\, \mathrm{diag}(s)\, B\, \mathrm{diag}(t))`, the product being a contraction.
+    r"""Return :math:`\log\det(I + A\, \mathrm{diag}(s)\, B\, \mathrm{diag}(t))`, where the product is a contraction.
 
     Args:
         left: A, ``(k, n)``.
@@ -46,8 +47,8 @@ def contraction_log_det(left: Tensor, slope: Tensor, right: Tensor, outer: Tenso
         outer: t, ``(*B, k)``; None for ones.
 
     Returns:
-        ``(*B,)``, in O(n k^2 + k^3) a point. Differentiable to any order. If the product has a norm of 1 or more, the
-        result may be NaN or inaccurate.
+        ``(*B,)``, in O(n k^2 + k^3) per point. Differentiable to any order. If the product has a norm of 1 or more,
+        the result may be NaN or inaccurate.
     """
     if outer is not None and outer.shape[:-1] != slope.shape[:-1]:
         batch = torch.broadcast_shapes(outer.shape[:-1], slope.shape[:-1])
@@ -60,7 +61,7 @@ def contraction_log_det(left: Tensor, slope: Tensor, right: Tensor, outer: Tenso
 
 
 def _plain(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> Tensor:
-    """Return the same by torch's own operations."""
+    """Return the same, by torch operations."""
     return log_abs_det(contraction_matrix(left, slope, right, outer))
 
 
@@ -74,7 +75,7 @@ def _pays(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> b
 
 
 class _ContractionLogDet(torch.autograd.Function):
-    r"""With slopes ``(B, n)`` and ``(B, k)``, for reverse mode, by :math:`d \log\det A = \mathrm{tr}(A^{-1} dA)`."""
+    r"""For slopes ``(B, n)`` and ``(B, k)``, in reverse mode, by :math:`d \log\det A = \mathrm{tr}(A^{-1} dA)`."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, slope: Tensor, right: Tensor, outer: Tensor | None) -> Tensor:
@@ -92,12 +93,12 @@ class _ContractionLogDet(torch.autograd.Function):
         left, slope, right, outer, pairs, product, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives may follow
             return gradients_with_graph(_plain, (left, slope, right, outer), (grad,))
-        change = inverse.transpose(0, 1) * grad  # of the matrix
+        change = inverse.transpose(0, 1) * grad  # gradient with respect to the matrix
         to_outer = None
         if outer is not None:
             to_outer = (change * product).sum(0).mT
             change *= outer.mT.contiguous()
-        change = change.reshape(pairs.shape[0], -1)  # flatten() has no rule for batched gradients
+        change = change.reshape(pairs.shape[0], -1)  # flatten() does not support batched gradients
         to_pairs = (change @ slope).reshape(*inverse.shape[:2], -1)  # (k, k, n)
         to_left = (to_pairs * right.mT).sum(1)
         to_right = (to_pairs * left.unsqueeze(1)).sum(0).mT
@@ -110,12 +111,12 @@ def _invert(matrix: Tensor) -> Tensor:
     pivots = matrix.new_empty(size, count)
     width = max(1, _CHUNK // size**2)
     for part, diagonal in zip(matrix.split(width, -1), pivots.split(width, -1), strict=True):
-        # views and buffers made once: at these sizes every call counts
+        # views and buffers are made once: at these sizes the overhead of every call counts
         column, row = torch.empty_like(part[:, :1]), torch.empty_like(part[:1])
         into_column, into_row, inverse = column.squeeze(1), row.squeeze(0), torch.empty_like(part[0, 0])
         views = (part.unbind(1), part.unbind(0), into_column.unbind(0), into_row.unbind(0), diagonal.unbind(0))
         for columns, rows, corner, scaled, pivot in zip(*views, strict=True):
-            # one update of rank one does it all: (a_i - e_i)(a^i + e_i)^T / a_ii
+            # a single rank-one update per pivot: (a_i - e_i)(a^i + e_i)^T / a_ii
             into_column.copy_(columns)
             pivot.copy_(corner)
             torch.div(rows, pivot, out=into_row)

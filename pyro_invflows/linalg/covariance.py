@@ -1,7 +1,7 @@
-"""Roots of a covariance matrix, and how far to shrink one.
+"""Square roots of a covariance matrix, and the weight with which to shrink one.
 
-A covariance comes as the scales of its columns and their correlations, ``S = V^(1/2) P V^(1/2)``: however different the
-units of the columns, only the condition of P enters the rounding.
+A covariance is given by the standard deviations of its columns and their correlations, ``S = V^(1/2) P V^(1/2)``.
+Rounding errors then depend on the condition number of P only, however different the units of the columns are.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ __all__ = ["correlations", "covariance_roots", "oas_weight", "triangular_root"]
 
 
 def correlations(covariance: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scales ``(D,)`` and the correlations ``(D, D)`` of a covariance.
+    """Return the standard deviations ``(D,)`` and the correlations ``(D, D)`` of a covariance.
 
     Args:
         covariance: ``(D, D)``.
-        spread: ``(D,)``, False for the columns that are constant: they get the scale 1 and no correlation.
+        spread: ``(D,)``, False for constant columns: they get the standard deviation 1 and no correlation.
     """
     scale = torch.where(spread, covariance.diagonal(), 1.0).sqrt()
     matrix = torch.where(spread.outer(spread), covariance, 0.0) / scale / scale.unsqueeze(-1)
@@ -26,10 +26,16 @@ def correlations(covariance: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def oas_weight(count: float, d: int, square: Tensor) -> Tensor:
-    """Return the weight of Chen et al. (2010), Eq. 23, for correlations P of d columns with tr P^2 = ``square``."""
+    """Return the shrinkage weight of Chen et al. (2010), Eq. 23.
+
+    Args:
+        count: Number of rows of data.
+        d: Number of columns.
+        square: ``tr P^2`` of their correlations P, a scalar.
+    """
     above = (1 - 2 / d) * square + d**2
     below = (count + 1 - 2 / d) * (square - d)
-    # 0 / 0 for the identity, which no weight changes
+    # 0 / 0 for the identity, which is the same for every weight
     return torch.where(below > 0, above / torch.where(below > 0, below, 1.0), 1.0).clamp(max=1.0)
 
 
@@ -37,7 +43,7 @@ def covariance_roots(scale: Tensor, correlation: Tensor, method: str) -> tuple[T
     """Return A with ``A A^T`` the covariance, and its inverse.
 
     Args:
-        scale: Scales of the columns, ``(D,)``, positive.
+        scale: Standard deviations of the columns, ``(D,)``, positive.
         correlation: Their correlations, ``(D, D)``, positive definite.
         method: As in ``Whitening``.
     """
@@ -48,12 +54,12 @@ def covariance_roots(scale: Tensor, correlation: Tensor, method: str) -> tuple[T
         return scale.unsqueeze(-1) * factor, inverse / scale
     values, vectors = torch.linalg.eigh(correlation)
     values, vectors = values.flip(-1), vectors.flip(-1)  # the largest first
-    root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()  # positive, but for rounding
+    root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()  # positive, up to rounding
     rotation = torch.diag(_signs(vectors)) if method == "pca-cor" else vectors.mT
     colouring, whitening = scale.unsqueeze(-1) * (vectors * root) @ rotation, rotation.mT @ (vectors / root).mT / scale
     if method.endswith("-cor"):
         return colouring, whitening
-    # Every other root is this one times an orthogonal matrix: an error in that one leaves A A^T what it is.
+    # Every other root is this one times an orthogonal matrix; an error in that matrix does not change A A^T.
     u, _, vh = torch.linalg.svd(colouring)
     rotation = vh.mT @ u.mT if method == "zca" else vh.mT * _signs(u)
     return colouring @ rotation, rotation.mT @ whitening

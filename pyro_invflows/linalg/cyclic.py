@@ -1,8 +1,8 @@
 r"""Jacobians of networks, as products of matrices and diagonal matrices, in as few dimensions as possible.
 
 The Jacobian of a network is :math:`J = S_L W_L \cdots S_1 W_1` with diagonal :math:`S_i`, which differ from point to
-point. By Sylvester's identity :math:`\det(I + A B) = \det(I + B A)` the cycle may be entered anywhere: at the narrowest
-layer the determinant of :math:`I + J` is smallest.
+point. By Sylvester's identity :math:`\det(I + A B) = \det(I + B A)`, the cyclic product may start at any layer without
+changing the determinant of :math:`I + J`. Starting at the narrowest layer gives the smallest matrix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["cyclic_product", "narrowest"]
 
 
 def narrowest(weights: Sequence[Tensor]) -> int:
-    """Return after how many of the matrices the network is narrowest; 0 is its input."""
+    """Return the number of matrices in front of the narrowest layer; 0 means the input."""
     widths = [weights[0].shape[-1], *(w.shape[-2] for w in weights[:-1])]
     return widths.index(min(widths))
 
@@ -27,20 +27,20 @@ def cyclic_product(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], s
 
     Args:
         weights: :math:`W_1, \dots, W_L`, each ``(n_i, n_{i-1})``.
-        slopes: The diagonals ``(*B, n_i)``; None where there is none.
-        start: Where the cycle is entered; 0 gives the Jacobian itself.
+        slopes: The diagonals ``(*B, n_i)``; None stands for the identity.
+        start: Layer at which the cycle starts; 0 gives the Jacobian itself.
 
     Returns:
-        ``(*B, n_start, n_start)``, in O(n_start * sum n_i n_{i-1}) a point.
+        ``(*B, n_start, n_start)``, in O(n_start * sum n_i n_{i-1}) per point.
     """
     slopes = [None if s is None else s.to(weights[0].dtype) for s in slopes]  # autocast may have rounded them
     factors: list[tuple[Tensor, Tensor | None]] = []
     for weight, slope in [*zip(weights, slopes, strict=True)][start:] + [*zip(weights, slopes, strict=True)][:start]:
-        if factors and factors[-1][1] is None:  # nothing in between: one matrix for all points
+        if factors and factors[-1][1] is None:  # no diagonal in between: one matrix for all points
             factors[-1] = weight @ factors[-1][0], slope
         else:
             factors.append((weight, slope))
-    # transposed, so that each product is one of all points' rows with one matrix
+    # transposed, so that each step multiplies the rows of all points by one matrix
     (weight, slope), *rest = factors
     product = weight.mT
     if rest and slope is not None and rest[0][0].shape[-2] <= slope.shape[:-1].numel():
@@ -53,6 +53,6 @@ def cyclic_product(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], s
 
 
 def _sandwich(left: Tensor, slope: Tensor, right: Tensor) -> Tensor:
-    """Return ``left diag(slope) right`` for each point as one product, with no tensor of points by left's size."""
+    """Return ``left diag(slope) right`` for each point by a single product, without a copy of ``left`` per point."""
     outer = left.mT.unsqueeze(-1) * right.unsqueeze(-2)  # (n, p, q)
     return (slope @ outer.flatten(-2)).unflatten(-1, outer.shape[-2:])

@@ -14,9 +14,9 @@ def thin_frame(vectors: Tensor, num_columns: int, *, mask: Tensor | None = None)
     """Return the first ``num_columns`` columns of ``H_1 ... H_k``.
 
     Args:
-        vectors: Rows of the reflections, ``(*B, k, n)``; with k = num_columns every frame can be reached.
+        vectors: Reflection vectors as rows, ``(*B, k, n)``; with k = num_columns every frame can be reached.
         num_columns: m <= n.
-        mask: ``triangle_mask`` of k, where the caller keeps one.
+        mask: ``triangle_mask`` for k reflections, if the caller has it already.
 
     Returns:
         ``(*B, n, m)`` with orthonormal columns, in O(k m n) and one triangular solve.

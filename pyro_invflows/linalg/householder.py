@@ -16,19 +16,19 @@ from torch import Tensor
 
 __all__ = ["BLOCK_SIZE", "householder_product", "householder_vectors", "identity_reflections", "triangle_mask"]
 
-#: Reflections that are merged into one triangular factor.
+#: Number of reflections merged into one triangular factor.
 BLOCK_SIZE = 128
 
 
 def triangle_mask(num_reflections: int, like: Tensor) -> Tensor:
-    """Return the constant that takes ``U U^T`` to S: ones above the diagonal, halves on it, zeros below."""
+    """Return the mask that turns ``U U^T`` into S: ones above the diagonal, halves on it, zeros below."""
     size = min(num_reflections, BLOCK_SIZE)
     ones = torch.ones(size, size, dtype=like.dtype, device=like.device)
     return ones.triu() - 0.5 * torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def _factor(vectors: Tensor, mask: Tensor) -> Tensor:
-    """Return S of one block, with a unit diagonal where a row is zero (or so small that its square is lost)."""
+    """Return S of one block, with a 1 on the diagonal for a zero row (or one so small that its square underflows)."""
     k = vectors.shape[-2]
     gram = vectors @ vectors.mT
     limits = torch.finfo(gram.dtype)
@@ -40,13 +40,13 @@ def householder_product(vectors: Tensor, x: Tensor, *, mask: Tensor | None = Non
     """Apply ``Q = H_1 ... H_k`` (or its transpose, the inverse) to vectors along the last dimension.
 
     Args:
-        vectors: Rows of the reflections, ``(*B, k, n)``; a zero row is the identity.
+        vectors: Reflection vectors as rows, ``(*B, k, n)``; a zero row is the identity.
         x: ``(*S, n)``, where S broadcasts with B.
-        mask: :func:`triangle_mask` of k, where the caller keeps one.
+        mask: :func:`triangle_mask` for k reflections, if the caller has it already.
         transpose: Apply ``Q^T`` instead.
 
     Returns:
-        ``Q x`` of the broadcast shape; O(k n) a vector after O(k n min(k, 128)) once.
+        ``Q x`` of the broadcast shape, in O(k n) per vector after O(k n min(k, 128)) once.
     """
     if mask is None:
         mask = triangle_mask(vectors.shape[-2], vectors)
@@ -61,7 +61,7 @@ def householder_product(vectors: Tensor, x: Tensor, *, mask: Tensor | None = Non
         if not transpose:
             s = s.mT
         projected = rows @ u.mT
-        if rows.shape[0] <= u.shape[1]:  # the smaller side goes through the solve
+        if rows.shape[0] <= u.shape[1]:  # solve for the smaller side
             z = torch.linalg.solve_triangular(s, projected, upper=transpose, left=False)
             rows = torch.addmm(rows, z, u, alpha=-1)
         else:
@@ -75,15 +75,15 @@ def _batched_product(blocks: tuple[Tensor, ...], x: Tensor, mask: Tensor, transp
         if not transpose:
             s = s.mT
         w = torch.linalg.solve_triangular(s, u, upper=transpose)
-        # einsum keeps the batch dims that only x has as rows, instead of copying u for each of them
+        # einsum treats the batch dimensions that only x has as rows, instead of copying u for each of them
         x = x - torch.einsum("...k,...kn->...n", torch.einsum("...n,...kn->...k", x, u), w)
     return x
 
 
 def identity_reflections(vectors: Tensor) -> Tensor:
-    """Fill ``vectors`` (k, n) with random unit rows in equal pairs, whose product is the identity; odd k: one zero row.
+    """Fill ``vectors`` (k, n) in place with random unit rows in equal pairs, so that their product is the identity.
 
-    Draws from torch's global generator.
+    If k is odd, the last row is zero. Draws from torch's global generator.
     """
     k, n = vectors.shape
     with torch.no_grad():
@@ -109,7 +109,7 @@ def householder_vectors(matrix: Tensor, *, atol: float = 1e-4) -> Tensor:
         ValueError: if the matrix is not square, not finite or not orthogonal.
     """
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"An orthogonal matrix must be (n, n), but the shape is {tuple(matrix.shape)}.")
+        raise ValueError(f"An orthogonal matrix must have the shape (n, n), but got {tuple(matrix.shape)}.")
     rest = matrix.detach().double().clone()
     n = rest.shape[0]
     defect = (rest.mT @ rest - torch.eye(n, dtype=rest.dtype, device=rest.device)).abs().max().item() if n else 0.0
@@ -120,7 +120,7 @@ def householder_vectors(matrix: Tensor, *, atol: float = 1e-4) -> Tensor:
         )
     vectors = torch.zeros_like(rest)
     for i in range(n):
-        # Reflect column i of what is left onto +e_i. The first component of v is written without cancellation.
+        # Reflect column i of the remaining matrix onto +e_i; the first component of v is computed without cancellation.
         column = rest[i:, i]
         head, tail = column[0], column[1:]
         square = tail @ tail

@@ -1,7 +1,7 @@
 r"""Determinants and inverses of the identity plus a matrix of low rank.
 
 The determinant lemma :math:`\det(I_n + A B) = \det(I_k + B A)` and Woodbury's identity
-:math:`(I_n + A B)^{-1} = I_n - A (I_k + B A)^{-1} B` bring everything down to k dimensions.
+:math:`(I_n + A B)^{-1} = I_n - A (I_k + B A)^{-1} B` reduce both problems to k dimensions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def rows_times(x: Tensor, matrix: Tensor) -> Tensor:
     """Return ``x @ matrix`` for rows x ``(*S, n)`` and a matrix ``(*B, n, m)``, where S broadcasts with B."""
     if matrix.dim() == 2:
         return x @ matrix
-    # einsum keeps the batch dims that only x has as rows, instead of copying the matrix for each of them
+    # einsum treats the batch dimensions that only x has as rows, instead of copying the matrix for each of them
     return torch.einsum("...n,...nm->...m", x, matrix)
 
 
@@ -33,7 +33,7 @@ def low_rank_log_abs_det(left: Tensor, right: Tensor) -> Tensor:
 
 
 def low_rank_solve(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
-    """Return ``(I + left @ right)^{-1} x`` for rows x ``(*S, n)``, in O(n k) a row after O(n k^2 + k^3) once.
+    """Return ``(I + left @ right)^{-1} x`` for rows x ``(*S, n)``, in O(n k) per row after O(n k^2 + k^3) once.
 
     Args:
         left: ``(*B, n, k)``.
@@ -47,9 +47,9 @@ def low_rank_solve(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
 def symmetric_low_rank_inverse(factor: Tensor) -> tuple[Tensor, Tensor]:
     r"""Invert :math:`I + U U^T`: return V with :math:`(I + U U^T)^{-1} = I - V V^T`, and the log-determinant.
 
-    From the thin QR factorisation of I stacked on U, :math:`(I; U) = (Q_1; Q_2) R`, one reads off
-    :math:`V = Q_2` and :math:`\log\det(I + U U^T) = 2 \sum_i \log|R_{ii}|`. Unlike a Cholesky factorisation of
-    :math:`I + U^T U` it never squares U, so it holds at any scale; every :math:`|R_{ii}| \ge 1`.
+    The thin QR factorisation of I stacked on U, :math:`(I; U) = (Q_1; Q_2) R`, gives :math:`V = Q_2` and
+    :math:`\log\det(I + U U^T) = 2 \sum_i \log|R_{ii}|`. Unlike a Cholesky factorisation of :math:`I + U^T U`, it
+    never squares U, so it is accurate for U of any size; every :math:`|R_{ii}| \ge 1`.
 
     Args:
         factor: U, ``(*B, n, r)``.

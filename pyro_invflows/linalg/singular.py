@@ -1,4 +1,4 @@
-"""Largest singular values and vectors, without a graph: by decomposition, power iteration or a proved estimate."""
+"""Largest singular values and vectors, without a graph: by decomposition, power iteration or a proved bound."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ __all__ = [
 
 _KRYLOV_STEPS = 20
 _KRYLOV_RESTARTS = 6
-#: Power steps that tell which of a stack of matrices to look at, and how many are looked at before the slack grows.
+#: Power steps that decide which matrix of a stack to examine, and how many are examined before the slack grows.
 _POWER_STEPS, _SEARCHES = 4, 4
-#: By how much the bound of a large matrix may exceed the estimate (of the squared norm), tried in turn.
+#: Relative excess of a large matrix's bound over the estimate (of the squared norm); tried in turn.
 _SLACKS = (1e-5, 1e-3, 1e-2)
 
 
 class TopPair(NamedTuple):
-    """The largest singular value and its vectors, without graph."""
+    """The largest singular value and its vectors, without a graph."""
 
     value: Tensor  # (*B,)
     bound: Tensor  # (*B,), never below the true norm
     left: Tensor  # (*B, m)
     right: Tensor  # (*B, n)
-    which: Tensor | None = None  # (*B,), where one matrix of a stack was chosen
+    which: Tensor | None = None  # (*B,), index of the matrix chosen from a stack
 
 
 def decompose(matrix: Tensor) -> TopPair:
-    """Decompose the smaller Gram matrix."""
+    """Compute the pair from an eigendecomposition of the smaller Gram matrix."""
     a, scale = _scaled(matrix)
     values, vectors = torch.linalg.eigh(gram_matrix(a))
     left, right, norm = both_vectors(a, vectors[..., -1])
@@ -47,7 +47,7 @@ def decompose(matrix: Tensor) -> TopPair:
 
 
 def power_iteration(matrix: Tensor, atol: float, rtol: float, max_steps: int) -> TopPair:
-    """Take power steps until every matrix has converged; decompose those that have not."""
+    """Take up to ``max_steps`` power steps; decompose the matrices that have not converged by then."""
     a, scale = _scaled(matrix)
     v = _start(a).expand(*a.shape[:-2], a.shape[-1])
     value = scale.new_zeros(scale.shape)
@@ -64,7 +64,7 @@ def power_iteration(matrix: Tensor, atol: float, rtol: float, max_steps: int) ->
         done = done | finished | ~scale.isfinite()
         if done.all():
             break
-    # a smaller singular value looks converged, too, where the start misses the largest one's vector
+    # the iteration also converges to a smaller singular value, if the start is orthogonal to the largest one's vector
     gram = gram_matrix(a)
     limit = (value * (1 + 2 * rtol) + 2 * atol / scale.clamp_min(torch.finfo(scale.dtype).tiny)) ** 2
     done = done & (_exceeds(limit + 4 * _trace(gram) * rounding_factor(a), gram) | ~scale.isfinite() | (scale == 0))
@@ -76,7 +76,7 @@ def power_iteration(matrix: Tensor, atol: float, rtol: float, max_steps: int) ->
 
 
 def certify(matrix: Tensor) -> TopPair:
-    """Bound the norms of large matrices ``(*B, m, n)``, without a decomposition where that can be proved."""
+    """Bound the norms of large matrices ``(*B, m, n)``; decompose only those whose bound cannot be proved."""
     a, scale = _scaled(matrix)
     gram = gram_matrix(a)
     values, vectors = _krylov(gram)
@@ -97,7 +97,7 @@ def certify(matrix: Tensor) -> TopPair:
 
 
 def certify_largest(stack: Tensor) -> TopPair:
-    """Bound the largest norm of a stack ``(F, m, n)``: search at a few of them, then prove it for all."""
+    """Bound the largest norm of a stack ``(F, m, n)``: search among a few matrices, then prove the bound for all."""
     _, scales = _scaled(stack)
     scale = scales.amax()
     if not (scale.isfinite() and scale > 0):
@@ -155,9 +155,9 @@ def _krylov(gram: Tensor) -> tuple[Tensor, Tensor]:
             images.append(gram @ basis[-1])
             known = torch.cat(basis, dim=-1)
             w = images[-1]
-            for _ in range(2):  # twice is enough
+            for _ in range(2):  # orthogonalising twice is enough
                 w = w - known @ (known.mH @ w)
-            # nothing but rounding is left once the space is invariant: then a zero column, which adds nothing
+            # once the space is invariant, only rounding is left: append a zero column, which has no effect
             w, image = w.squeeze(-1), torch.linalg.vector_norm(images[-1], dim=(-2, -1))
             direction, norm = _unit(w)
             live = (norm > image * (100 * torch.finfo(gram.dtype).eps)).unsqueeze(-1)
@@ -174,7 +174,7 @@ def _krylov(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide by the largest entry, so that squares neither overflow nor vanish; where that is not finite, take 0."""
+    """Divide by the largest entry, so that squares neither overflow nor underflow; 0 if that entry is not finite."""
     scale = matrix.abs().amax((-2, -1))
     usable = (scale.isfinite() & (scale > 0))[..., None, None]
     safe = torch.where(usable, scale[..., None, None], 1)
@@ -187,12 +187,12 @@ def gram_matrix(a: Tensor) -> Tensor:
 
 
 def rounding_factor(a: Tensor) -> float:
-    """Bound what rounding did to the Gram matrix and does to its eigenvalues, in units of its trace."""
+    """Bound the rounding errors of the Gram matrix and of its eigenvalues, relative to its trace."""
     return torch.finfo(a.dtype).eps * (max(a.shape[-2:]) + 8 * min(a.shape[-2:]))
 
 
 def both_vectors(a: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return left and right unit vectors and the norm, from the one that belongs to the Gram matrix."""
+    """Return the left and right unit vectors and the norm, given the eigenvector of the Gram matrix."""
     if a.shape[-2] <= a.shape[-1]:
         other, norm = _unit((a.mH @ vector.unsqueeze(-1)).squeeze(-1))
         return vector, other, norm
@@ -201,7 +201,7 @@ def both_vectors(a: Tensor, vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale to length 1 and return the length; a zero vector stays zero, which makes the subgradient zero."""
+    """Return the unit vector and the length; a zero vector stays zero, which makes the subgradient zero."""
     norm = torch.linalg.vector_norm(vector, dim=-1)
     return vector / norm.unsqueeze(-1).clamp_min(torch.finfo(norm.dtype).tiny), norm
 
@@ -209,5 +209,5 @@ def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
 def _start(a: Tensor) -> Tensor:
     """Return a fixed pseudo-random vector."""
     generator = torch.Generator().manual_seed(20)
-    vector = torch.randn(a.shape[-1], generator=generator, dtype=torch.float64, device="cpu")  # as the generator
+    vector = torch.randn(a.shape[-1], generator=generator, dtype=torch.float64, device="cpu")  # the generator's device
     return (vector / vector.norm()).to(dtype=a.dtype, device=a.device)

@@ -1,7 +1,7 @@
-r"""The largest singular value: its value, its derivative, and bounds on it that never fall below it.
+r"""The largest singular value, its derivatives, and upper bounds on it.
 
-With :math:`\sigma = u^H A v` the derivative is :math:`d\sigma = \mathrm{Re}(u^H\, dA\, v)`; where :math:`\sigma` is
-simple, that of the vectors solves
+With :math:`\sigma = u^H A v` the derivative is :math:`d\sigma = \mathrm{Re}(u^H\, dA\, v)`. If :math:`\sigma` is
+simple, the derivatives of the vectors solve
 
 .. math:: \begin{pmatrix} \sigma I & -A \\ -A^H & \sigma I \end{pmatrix} \begin{pmatrix} du \\ dv \end{pmatrix}
    = \begin{pmatrix} dA\, v \\ dA^H u \end{pmatrix}
@@ -38,11 +38,11 @@ from pyro_invflows.support.precision import without_autocast
 
 __all__ = ["convolution_norm_bound", "spectral_norm", "spectral_norm_bound", "spectral_norm_bounds"]
 
-#: Up to this smaller side a Hermitian eigendecomposition costs no more than what would avoid it.
+#: Largest smaller side of a matrix that is decomposed: up to it, the alternatives cost no less.
 _LARGEST_EXACT = 128
-#: Many small matrices at once (the frequencies of a convolution) are decomposed up to this side.
+#: The same for a stack of many small matrices (the frequencies of a convolution).
 _LARGEST_EXACT_STACK = 12
-#: Frequencies per axis and degree of the kernel; the bound's excess is at most (1 / cos(pi / 16))^2, 4 %.
+#: Frequencies per axis and degree of the kernel; the bound is too large by at most (1 / cos(pi / 16))^2, 4 %.
 _POINTS = 16
 
 
@@ -51,22 +51,22 @@ def spectral_norm(
 ) -> Tensor:
     r"""Return the largest singular value of each matrix, by power iteration, with the derivative :math:`u v^T`.
 
-    It has converged when :math:`|A^T u - \sigma v| \le \mathrm{atol} + \mathrm{rtol}\, \sigma` and a Cholesky
-    factorisation of :math:`\sigma^2 I - A^T A`, with room for these tolerances, proves that no singular value is
-    larger. A matrix for which that fails within ``max_steps`` is decomposed instead, so that the answer is right
-    either way. The start is a fixed pseudo-random vector: no generator is touched. Derivatives of every order in
-    reverse and forward mode; where the largest singular value is repeated or zero, the first one is a subgradient
-    (zero for a zero matrix) and the second does not exist (``LinAlgError``).
+    The iteration has converged when :math:`|A^T u - \sigma v| \le \mathrm{atol} + \mathrm{rtol}\, \sigma` and a
+    Cholesky factorisation of :math:`\sigma^2 I - A^T A`, with a margin for these tolerances, proves that no singular
+    value is larger. A matrix that does not converge within ``max_steps`` is decomposed instead, so the result is right
+    either way. The starting vector is pseudo-random but fixed: torch's generators are not used. Derivatives of every
+    order in reverse and forward mode. If the largest singular value is repeated or zero, the first derivative is a
+    subgradient (zero for a zero matrix) and the second does not exist (``LinAlgError``).
 
     Args:
         matrix: ``(*B, m, n)``, real or complex.
         atol: Absolute tolerance; default 0.
         rtol: Relative tolerance; default ``eps ** 0.75`` of the dtype.
-        max_steps: Bound on the steps, each two products with the matrix. Under ``torch.func`` and while compiling every
-            matrix is decomposed.
+        max_steps: Maximum number of steps; each takes two products with the matrix. Under ``torch.func`` and while
+            compiling, every matrix is decomposed.
 
     Returns:
-        ``(*B,)``, real; NaN where an entry is.
+        ``(*B,)``, real; NaN for a matrix with an entry that is not finite.
 
     Raises:
         ValueError: if the argument is not a matrix, or a setting is out of range.
@@ -94,17 +94,18 @@ def spectral_norm(
 
 
 def spectral_norm_bound(matrix: Tensor) -> Tensor:
-    r"""Return a number that is never below the spectral norm, rounding included, and hardly above it.
+    r"""Return a tight upper bound on the spectral norm, which holds in spite of rounding errors.
 
-    Matrices with a side of up to 128 are decomposed: the excess is rounding only. For larger ones a Krylov method
-    estimates :math:`\sigma^2`, and a Cholesky factorisation of :math:`(1 + \delta) \sigma^2 I - A^T A` proves the
-    bound, with :math:`\delta` from 1e-5 to 1e-2; should none of them do, they are decomposed too. O(m n min(m, n)).
+    Matrices with a side of up to 128 are decomposed: the bound exceeds the norm by rounding only. For larger ones a
+    Krylov method estimates :math:`\sigma^2`, and a Cholesky factorisation of :math:`(1 + \delta) \sigma^2 I - A^T A`
+    proves the bound, with :math:`\delta` from 1e-5 to 1e-2; if no :math:`\delta` succeeds, they are decomposed too.
+    O(m n min(m, n)).
 
     Args:
         matrix: ``(*B, m, n)``, real or complex.
 
     Returns:
-        ``(*B,)``, real; NaN or infinite where an entry is. Derivatives as in :func:`spectral_norm`.
+        ``(*B,)``, real; not finite for a matrix with an entry that is not. Derivatives as in :func:`spectral_norm`.
 
     Raises:
         ValueError: if the argument is not a matrix.
@@ -114,7 +115,7 @@ def spectral_norm_bound(matrix: Tensor) -> Tensor:
 
 
 def spectral_norm_bounds(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Return :func:`spectral_norm_bound` of several matrices; those with the same smaller side are decomposed together.
+    """Return :func:`spectral_norm_bound` of several matrices; those of equal smaller side are decomposed together.
 
     Args:
         matrices: Each ``(*B, m, n)``.
@@ -133,7 +134,7 @@ def spectral_norm_bounds(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _decompose_together(matrices: Sequence[Tensor]) -> list[Tensor] | None:
-    """Bound float32 matrices with one decomposition: in double precision their squares neither overflow nor vanish."""
+    """Bound float32 matrices by a batched decomposition, in float64, where squares neither overflow nor underflow."""
     with torch.no_grad(), without_autocast(matrices[0]):
         doubles = [m.detach().double() for m in matrices]
         try:
@@ -158,19 +159,19 @@ def _bound_alone(matrix: Tensor) -> Tensor:
 
 
 def convolution_norm_bound(kernel: Tensor) -> Tensor:
-    r"""Return a number that is never below the operator norm of a two-dimensional convolution, for images of any size.
+    r"""Return an upper bound on the operator norm of a two-dimensional convolution, for images of any size.
 
     On the infinite grid the norm is the largest spectral norm of the symbol :math:`\hat K(\omega) = \sum_s K_s e^{-i
-    \omega \cdot s}` over all frequencies; with zero padding, on a finite image, it is smaller, and comes close to
-    that on large ones. The symbol is a trigonometric polynomial of degree :math:`d = (k - 1)/2` along each axis, so
-    that its maximum over N equally spaced frequencies falls short of its supremum by at most the factor
-    :math:`\cos(\pi d / N)` an axis (Ehlich and Zeller 1964). Stride 1, any padding of up to k - 1, no dilation.
+    \omega \cdot s}` over all frequencies. On a finite image with zero padding it is smaller, and approaches this value
+    as the image grows. The symbol is a trigonometric polynomial of degree :math:`d = (k - 1)/2` along each axis, so
+    its maximum over N equally spaced frequencies falls short of its supremum by at most a factor of
+    :math:`\cos(\pi d / N)` per axis (Ehlich and Zeller 1964). Stride 1, any padding of up to k - 1, no dilation.
 
     Args:
         kernel: ``(out_channels, in_channels, k_h, k_w)``, real, k odd.
 
     Returns:
-        A scalar, at most 4 % above the supremum (exact for 1 x 1 kernels). Derivatives as in :func:`spectral_norm`.
+        A scalar, at most 4 % above the supremum (not at all for 1 x 1 kernels). Derivatives as in :func:`spectral_norm`.
 
     Raises:
         ValueError: if the kernel has another shape or an even side.
@@ -194,7 +195,7 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
 
 
 def _phases(kernel: Tensor) -> tuple[Tensor, float]:
-    """Return ``e^{-i w.s}`` for half of the frequencies (the others are conjugates), and the factor of the excess."""
+    """Return ``e^{-i w.s}`` for half of the frequencies (the others are conjugates), and a factor for the gaps."""
     angles, excess = [], 1.0
     for axis, size in enumerate(kernel.shape[-2:]):
         degree = size // 2
@@ -213,13 +214,13 @@ def _phases(kernel: Tensor) -> tuple[Tensor, float]:
 
 
 def _attach(matrix: Tensor, value: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return the value with the graph of the largest singular value attached; scaled with it, if it is a bound."""
+    """Return the value, the norm or a bound on it, with the derivatives of the largest singular value."""
     if torch.compiler.is_compiling():
         norm = _quotient(matrix, left, right)
         return norm + (value - norm).detach()
     if forward_levels() < 2:
         return _Norm.apply(matrix, value, left, right)
-    # Newton's method for the vectors, with a graph; one step fewer, for the value's error is the square of theirs
+    # Newton's method for the vectors, with a graph; one step fewer, because the norm's error is the square of theirs
     for _ in range(steps_with_graph() - 1):
         to_left, to_right = _pseudo_solve(matrix, left, right, *_images(matrix, left, right))
         left, right = F.normalize(left + to_left, dim=-1), F.normalize(right + to_right, dim=-1)
@@ -240,7 +241,7 @@ def _images(matrix: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor
 
 
 class _Norm(torch.autograd.Function):
-    """The value given; its derivative is ``Re(u^H dA v)``."""
+    """Returns the given value; its derivative is ``Re(u^H dA v)``."""
 
     generate_vmap_rule = True
 
@@ -268,7 +269,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _StackedNorms(torch.autograd.Function):
-    """Values and one vector each of several matrices, as in :class:`_Norm`; outside ``torch.func``, for its speed."""
+    """As :class:`_Norm`, for several matrices with one known vector each; faster, but not for ``torch.func``."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, vectors: Tensor, *matrices: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ class _StackedNorms(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, vectors, *matrices = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(matrices)
-        # u v^T = w (w^T A) / s or (A w) w^T / s for the one vector w that is known
+        # u v^T = w (w^T A) / s or (A w) w^T / s, where w is the known vector
         single = vectors.float()
         scaled = single * (grad / values.clamp_min(1e-30)).unsqueeze(-1)
         for i, matrix in enumerate(matrices):
@@ -314,7 +315,7 @@ def _single_vectors(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Vectors(torch.autograd.Function):
-    """The vectors given; differentiated only where someone asks for second derivatives of the norm."""
+    """Returns the given vectors; only second derivatives of the norm differentiate it."""
 
     generate_vmap_rule = True
 
@@ -358,7 +359,7 @@ def _pseudo_solve(matrix: Tensor, left: Tensor, right: Tensor, up: Tensor, down:
         dim=-2,
     )
     system = value[..., None, None] * eye - blocks + null.unsqueeze(-1) * null.conj().unsqueeze(-2)
-    # nothing asked for: then the system may be singular (a zero matrix), and is not looked at
+    # a zero right-hand side: the system, which may be singular (for a zero matrix), is not needed
     idle = (rhs == 0).all(-1)[..., None, None]
     answer = solve(torch.where(idle, eye, system), rhs.unsqueeze(-1)).squeeze(-1)
     return answer[..., :m], answer[..., m:]
@@ -369,18 +370,18 @@ def _pseudo_solve(matrix: Tensor, left: Tensor, right: Tensor, up: Tensor, down:
 
 def _check(matrix: Tensor, owner: str) -> None:
     if matrix.dim() < 2 or not all(matrix.shape[-2:]):
-        raise ValueError(f"{owner} needs matrices (*B, m, n) that are not empty, but got {tuple(matrix.shape)}.")
+        raise ValueError(f"{owner} needs non-empty matrices (*B, m, n), but got the shape {tuple(matrix.shape)}.")
 
 
 def _double(value: Tensor) -> Tensor:
-    """Bring to double precision, where there is one: rounding would take more than the bound's excess."""
+    """Convert to double precision if the device has it: in single, rounding errors would exceed the bound's margin."""
     if lacks_float64(value.device):
         return value.float()
     return value.to(torch.complex128 if value.is_complex() else torch.float64)
 
 
 def _result_dtype(value: Tensor) -> torch.dtype:
-    """Return the real dtype of the norm: never half precision, in which it would be no bound."""
+    """Return the real dtype of the norm: never half precision, in which the bound would not hold."""
     return torch.promote_types(value.real.dtype, torch.float32)
 
 
@@ -389,5 +390,5 @@ def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_hidden(value: Tensor) -> bool:
-    """Whether values cannot be looked at."""
+    """Whether Python code cannot inspect the values."""
     return torch.compiler.is_compiling() or value.is_meta or in_functorch()

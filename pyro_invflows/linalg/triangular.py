@@ -11,8 +11,8 @@ __all__ = ["positive", "positive_inverse", "split_triangles"]
 def positive(raw: Tensor) -> Tensor:
     r"""Map any real number onto the positive ones: :math:`e^{\mathrm{asinh}\,a} = a + \sqrt{a^2 + 1}`.
 
-    1 at 0, with slope 1 there; ``positive(-a) == 1 / positive(a)``. It grows, and falls to zero, only linearly, so
-    that large parameters do not overflow.
+    It is 1 at 0, with slope 1, and ``positive(-a) == 1 / positive(a)``. It grows linearly, and falls to zero like
+    ``1 / (2 |a|)``, so that large parameters do not overflow.
     """
     return torch.asinh(raw).exp()
 
@@ -23,7 +23,7 @@ def positive_inverse(value: Tensor) -> Tensor:
 
 
 def split_triangles(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Read two strictly upper triangular matrices and a diagonal from one square matrix, all of it used.
+    """Split a square matrix into two strictly upper triangular matrices and a diagonal, which use all its entries.
 
     Args:
         matrix: ``(*B, n, n)``.

@@ -1,4 +1,4 @@
-"""Log-determinants of ``I + J`` for a contraction's Jacobian J: exact, truncated, or estimated without bias."""
+"""Log-determinants of ``I + J``, where J is the Jacobian of a contraction: exact, truncated, or unbiased estimates."""
 
 from pyro_invflows.logdet.base import LogDet
 from pyro_invflows.logdet.exact import Exact

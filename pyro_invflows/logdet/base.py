@@ -1,4 +1,4 @@
-"""What every log-determinant promises to the layer that asks for it."""
+"""The interface between a log-determinant and the layer that uses it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["LogDet"]
 class LogDet:
     r"""Computes or estimates :math:`\log\det(I + J)` for the Jacobian J of a contraction.
 
-    For an estimator of your own, derive a class and define ``__call__``; give an instance to
+    To write an estimator, derive a class from this one and define ``__call__``; pass an instance to
     :class:`~pyro_invflows.ContractiveResidual` as its ``log_det``.
 
     Attributes:
-        exact: Whether every call gives the same number, free of bias. It becomes the layer's ``exact``.
+        exact: Whether every call returns the same number, free of bias. It becomes the layer's ``exact``.
 
     Example:
         >>> from pyro_invflows import logdet
         >>> class FirstTerm(logdet.LogDet):
-        ...     '''The trace of J alone, by one random probe: the first term of the power series.'''
+        ...     '''The first term of the power series: the trace of J, estimated with one random probe.'''
         ...
         ...     def __call__(self, linearisation, event_dim=1):
         ...         v = torch.randn_like(linearisation.value)
@@ -37,10 +37,10 @@ class LogDet:
         r"""Return ``log|det(I + J)|``, ``(*B,)``.
 
         Args:
-            linearisation: g near the points x, a :class:`~pyro_invflows.networks.Linearisation`. It has the ``value``
-                g(x) ``(*B, *E)``, the product ``vjp(v)`` of the transposed Jacobian with a v shaped like x, the whole
-                ``jacobian()`` ``(*B, E, E)`` and the perhaps smaller ``reduced_jacobian()`` M with
-                :math:`\det(I + M) = \det(I + J)`, all with a graph where autograd records.
+            linearisation: A :class:`~pyro_invflows.networks.Linearisation` of the contraction g at the points x. It
+                has the ``value`` g(x) ``(*B, *E)``, the product ``vjp(v)`` of the transposed Jacobian with a v shaped
+                like x, the full ``jacobian()`` ``(*B, E, E)`` and the ``reduced_jacobian()`` M, which may be smaller,
+                with :math:`\det(I + M) = \det(I + J)`. All have a graph if autograd is recording.
             event_dim: Number of dimensions of E.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__(linearisation, event_dim) -> log-det.")

@@ -1,4 +1,4 @@
-"""The determinant itself."""
+"""The exact log-determinant."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Exact"]
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(LogDet):
-    r"""Computes :math:`\log\det(I + J)` from the Jacobian, in the fewest dimensions that the network allows.
+    r"""Computes :math:`\log\det(I + J)` from the Jacobian, in as few dimensions as the network allows.
 
-    For a network in closed form (:class:`~pyro_invflows.networks.ContractiveMLP`) the determinant has the size of its
-    narrowest layer; for any other the Jacobian takes one vector-Jacobian product for each element of the event.
-    O(E^3) a point at most. Derivatives of every order.
+    If the network knows its Jacobian in closed form (:class:`~pyro_invflows.networks.ContractiveMLP`), the determinant
+    has the size of its narrowest layer. For any other network, the Jacobian takes one vector-Jacobian product for each
+    element of the event. At most O(E^3) per point. Derivatives of every order.
 
     Args:
-        max_event_size: Events with more elements are refused: name an estimator instead, or raise this.
+        max_event_size: Largest number of elements of an event; a larger event needs an estimator, or a larger limit.
 
     Raises:
         ValueError: when called, for a larger event.

@@ -6,8 +6,8 @@ Where :math:`|J| < 1`,
    \partial \log\det(I + J) = \sum_{k \ge 0} (-1)^k \mathrm{tr}(J^k\, \partial J),
 
 and :math:`\mathrm{tr}\, M = E[v^T M v]` for random signs v (Hutchinson). Chen et al. (2019), *Residual flows for
-invertible generative modeling*, Eqs. 6 to 8; here each row draws its own probe and its own number of terms, so that a
-row's estimate does not hang on its batch.
+invertible generative modeling*, Eqs. 6 to 8. Here each row draws its own probe and its own number of terms, so that a
+row's estimate does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["PowerSeries", "RussianRoulette"]
 
 _FIRST_ORDER = (
     "The Neumann gradient of a log-determinant has first derivatives only. Build the estimator with "
-    "neumann_gradient=False, which keeps every term's graph."
+    "neumann_gradient=False, which keeps the graph of every term."
 )
 
 
@@ -44,11 +44,11 @@ class _Series(LogDet):
         raise NotImplementedError
 
     def __call__(self, linearisation: Any, event_dim: int = 1) -> Tensor:
-        """Return an estimate of ``log|det(I + J)|``, ``(*B,)``, from torch's generator; as :meth:`LogDet.__call__`."""
+        """Return an estimate of ``log|det(I + J)|``, ``(*B,)``, drawn with torch's global generator."""
         if in_functorch():
             raise NotImplementedError(
-                f"{type(self).__name__} draws a random number of terms and does not work under torch.func; use "
-                "logdet.Exact() there."
+                f"{type(self).__name__} draws random numbers and does not work under torch.func; use logdet.Exact() "
+                "there."
             )
         total = self._estimate(linearisation, event_dim)
         for _ in range(self.num_probes - 1):
@@ -73,7 +73,7 @@ class _Series(LogDet):
 
     @staticmethod
     def _sum(linearisation: Any, v: Tensor, weights: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the series of the logarithm, and the vector of its Neumann gradient."""
+        """Return the weighted series of the logarithm, and the left factor of its Neumann gradient."""
         power = v
         neumann = torch.zeros_like(v)
         total = v.new_zeros(v.shape[: v.dim() - len(axes)])
@@ -87,7 +87,7 @@ class _Series(LogDet):
 
 
 class _Replace(torch.autograd.Function):
-    """The estimate's value with the surrogate's gradient."""
+    """Returns the estimate, with the gradient of the surrogate."""
 
     @staticmethod
     def forward(ctx: Any, surrogate: Tensor, estimate: Tensor) -> Tensor:
@@ -104,14 +104,14 @@ class _Replace(torch.autograd.Function):
 class PowerSeries(_Series):
     r"""Estimates the log-determinant by the first terms of its series: cheap, and **biased**.
 
-    The remainder is at most :math:`E\, c^{n + 1} / ((n + 1)(1 - c))` for E elements and Lipschitz constant c: 10 terms
-    at c = 0.9 may be wrong by 0.3 an element, at c = 0.5 by 1e-4.
+    The remainder is at most :math:`E\, c^{n + 1} / ((n + 1)(1 - c))` for E elements and Lipschitz constant c. With 10
+    terms the error per element may reach 0.3 at c = 0.9, and 1e-4 at c = 0.5.
 
     Args:
-        num_terms: n, the terms that are kept.
-        num_probes: Probes that are averaged; the variance falls as their inverse.
-        neumann_gradient: Gradient from one product with a graph, instead of the graph of every term: less memory, first
-            derivatives only. It is that of the truncated series.
+        num_terms: Number n of terms.
+        num_probes: Number of probes to average over; the variance is inversely proportional to it.
+        neumann_gradient: Compute the gradient from a single product with a graph, instead of keeping the graph of every
+            term: less memory, first derivatives only. It is the gradient of the truncated series.
 
     Raises:
         ValueError: if a count is below 1.
@@ -132,18 +132,18 @@ class PowerSeries(_Series):
 
 @dataclass(frozen=True, kw_only=True)
 class RussianRoulette(_Series):
-    r"""Estimates the log-determinant **without bias**: later terms are kept at random and weigh more when kept.
+    r"""Estimates the log-determinant **without bias**: later terms are kept at random, with larger weights when kept.
 
-    Term k beyond the exact ones survives with probability :math:`(1 - p)^{k - n}` and is divided by it. The variance is
-    finite where :math:`|J|^2 < 1 - p`, as in most trained networks; take a smaller p otherwise. Each row draws its own
-    number of terms; a batch of n takes about log(n) / p.
+    Term k > n is kept with probability :math:`(1 - p)^{k - n - 1}` and divided by it. The variance is finite if
+    :math:`|J|^2 < 1 - p`, as in most trained networks; choose a smaller p otherwise. Each row draws its own number of
+    terms; a batch of N rows evaluates about log(N) / p of them.
 
     Args:
-        num_exact_terms: n, terms that are always kept.
+        num_exact_terms: Number n of terms that are always kept, with weight 1.
         p: Probability of stopping after each further term, strictly between 0 and 1.
-        num_probes: Probes that are averaged, each with its own number of terms.
-        neumann_gradient: Gradient from one product with a graph, instead of the graph of every term: less memory, first
-            derivatives only. Unbiased too.
+        num_probes: Number of probes to average over, each with its own number of terms.
+        neumann_gradient: Compute the gradient from a single product with a graph, instead of keeping the graph of every
+            term: less memory, first derivatives only. It is unbiased too.
 
     Raises:
         ValueError: if p or a count is out of range.
@@ -162,7 +162,7 @@ class RussianRoulette(_Series):
             raise ValueError(f"RussianRoulette: p must be strictly between 0 and 1, but got {self.p!r}.")
 
     def _weights(self, rows: Tensor) -> Tensor:
-        # the number of further terms, at least 1: P(N >= j) = (1 - p)^(j - 1)
+        # number of further terms, at least 1: P(further >= j) = (1 - p)^(j - 1)
         further = torch.empty_like(rows).geometric_(self.p)
         most = int(further.max().item()) if further.numel() else 0
         j = torch.arange(1, most + 1, dtype=rows.dtype, device=rows.device).reshape(-1, *(1,) * rows.dim())

@@ -1,4 +1,4 @@
-"""Networks that layers are made of: dense and convolutional, masked, and contractions."""
+"""Networks used inside layers: dense, convolutional, masked autoregressive, and contractive."""
 
 from pyro_invflows.networks.activations import LipSwish, Sine, value_and_slope
 from pyro_invflows.networks.contraction import (

@@ -1,4 +1,4 @@
-"""Activations that no slope of which exceeds 1, and what is known about the slopes of torch's own."""
+"""Activations whose slope never exceeds 1, and the slope of any other activation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ __all__ = ["LipSwish", "Sine", "value_and_slope"]
 class LipSwish(nn.Module):
     r"""The swish, scaled so that its slope never exceeds 1: :math:`x\, \sigma(\beta x) / 1.1`, with learned beta > 0.
 
-    Its second derivative vanishes nowhere for long, so that a log-determinant can be trained; 0 stays 0.
+    Its second derivative vanishes only at isolated points, so that a log-determinant can be trained. It maps 0 to 0.
+
+    Attributes:
+        raw_beta: Scalar; :math:`\beta = \mathrm{softplus}(` ``raw_beta`` :math:`)`, but at least 1e-6.
 
     References:
         Chen et al. (2019), *Residual flows for invertible generative modeling*, section 3.3.
     """
 
-    #: The largest slope: that of the swish is 1.0998
+    #: Bound on the slope: the largest slope of the swish itself is 1.0998.
     lipschitz = 1.0
 
     def __init__(self) -> None:
@@ -40,7 +43,7 @@ class LipSwish(nn.Module):
         return F.softplus(self.raw_beta).clamp_min(1e-6)  # frozen() divides by it
 
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value and its derivative."""
+        """Return the value and the slope at x."""
         both = _SwishAndSlope.apply if in_reverse_mode_only() else _swish_and_slope
         return both(x, self._beta())
 
@@ -49,9 +52,9 @@ class LipSwish(nn.Module):
 
     @torch.no_grad()
     def frozen(self) -> Callable[[Tensor], Tensor]:
-        """Return the function with beta as a constant, for the loops of a solver; no gradient to beta."""
+        """Return the function with beta held constant, for the loops of a solver; beta gets no gradient."""
         beta = self._beta()
-        factor = (1.1 * beta).reciprocal()  # a tensor: a number would be made one at every call
+        factor = (1.1 * beta).reciprocal()  # a tensor, because a Python number would be converted in every call
         return lambda x: F.silu(beta * x) * factor
 
 
@@ -62,10 +65,11 @@ def _swish_and_slope(x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _SwishAndSlope(torch.autograd.Function):
-    r"""The same for reverse mode, in fewer operations: networks may be so narrow that each call has its price.
+    r"""The same for reverse mode, in fewer operations: in narrow networks the overhead of each call counts.
 
-    With :math:`z = \beta x`, :math:`r = \sigma (1 - \sigma) / 1.1` and :math:`q = r (2 + z (1 - 2 \sigma))` the
-    derivatives of the slope are :math:`\beta q` to x and :math:`x q` to beta; the value's to beta is :math:`x^2 r`.
+    With :math:`z = \beta x`, :math:`r = \sigma (1 - \sigma) / 1.1` and :math:`q = r (2 + z (1 - 2 \sigma))`, the slope
+    has the derivatives :math:`\beta q` with respect to x and :math:`x q` with respect to beta; the value has the
+    derivative :math:`x^2 r` with respect to beta.
     """
 
     @staticmethod
@@ -89,12 +93,12 @@ class _SwishAndSlope(torch.autograd.Function):
 
 
 class Sine(nn.Module):
-    """The sine: its slope reaches 1 and -1 again and again, however large the weights before it have become."""
+    """The sine. Its slope oscillates between -1 and 1, so it never saturates, however large the weights are."""
 
     lipschitz = 1.0
 
     def value_and_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the value and its derivative."""
+        """Return the value and the slope at x."""
         return torch.sin(x), torch.cos(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ class Sine(nn.Module):
 
 
 def value_and_slope(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an elementwise activation's value and derivative at x, with their graph."""
+    """Return the value and the slope of an elementwise activation at x, with their graph."""
     own = getattr(activation, "value_and_slope", None)
     if own is not None:
         return own(x)

@@ -1,4 +1,4 @@
-"""Calls of networks that may work in place, with tensors that must stay as they are."""
+"""Calling networks that may work in place on tensors that must not change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["call_network", "out_of_place"]
 
 
 def call_network(network: nn.Module, *inputs: Tensor, owner: str) -> Tensor:
-    """Return ``network(*inputs)``, but never write to the inputs, which may be the caller's tensors.
+    """Return ``network(*inputs)``, protecting the inputs, which may be the caller's tensors, from in-place writes.
 
-    A network that begins in place (``nn.ReLU(inplace=True)``) receives copies. One that writes to its input in a way
-    that cannot be seen from its modules is refused, once it has done so.
+    A network whose first operation is an in-place module (``nn.ReLU(inplace=True)``) receives clones. A write that the
+    modules do not reveal is detected afterwards and raises an error.
 
     Args:
         network: Any module.
@@ -36,16 +36,16 @@ def call_network(network: nn.Module, *inputs: Tensor, owner: str) -> Tensor:
     if versions != [value._version for value in inputs]:
         raise ValueError(
             f"{owner}: the network must not write to its input, which may be a view of your data, but it did, and the "
-            "data are changed now. Let it begin with an operation that is not in place, or with x = x.clone()."
+            "data have changed. Let it start with an operation that is not in-place, or with x = x.clone()."
         )
     return result
 
 
 def _begins_in_place(module: nn.Module) -> bool | None:
-    """Whether a module that works in place stands before the first one with parameters; None where there is neither.
+    """Whether an in-place module comes before the first module with parameters; None if there is neither.
 
-    In the order of registration, which is that of the calls in ``nn.Sequential``. At every call: modules may be
-    exchanged.
+    The order is that of registration, which in ``nn.Sequential`` is the order of the calls. Checked in every call,
+    because modules may be replaced.
     """
     if module.__dict__.get("inplace"):
         return True
@@ -60,7 +60,7 @@ def _begins_in_place(module: nn.Module) -> bool | None:
 
 
 def out_of_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return an activation as a function that leaves its argument as it is."""
+    """Return an activation as a function that does not change its argument."""
     if getattr(activation, "inplace", False):
         return lambda x: activation(x.clone())
     return activation

@@ -1,8 +1,8 @@
-r"""Networks that are contractions, by construction: their bound holds at any weights, at every call.
+r"""Networks that are contractions by construction: their Lipschitz bound holds for any weights, in every call.
 
-A weight A acts as :math:`A \min(1, c / |A|)` with a spectral norm that is never under-estimated
-(:func:`~pyro_invflows.linalg.spectral_norm_bound`), computed from the weight as it is: in training and evaluation,
-right after ``load_state_dict``, after any optimiser's step, before any other call. Nothing is kept from call to call.
+A weight A acts as :math:`A \min(1, c / |A|)`, where the spectral norm is never underestimated
+(:func:`~pyro_invflows.linalg.spectral_norm_bound`) and is computed from the current weight in each call: in training
+and evaluation, right after ``load_state_dict``, and after a step of any optimiser. No state is kept between calls.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ __all__ = [
 
 
 class _Weights(NamedTuple):
-    """What a contraction computed from its parameters, and how."""
+    """The weights that a contraction computed from its parameters, and the modes that it did so in."""
 
-    owner: nn.Module  # kept alive: its id is the key
+    owner: nn.Module  # kept alive, because its id is the key
     value: Any
     with_graph: bool
-    level: int  # of torch.func
+    level: int  # number of active torch.func transforms
 
 
 _HELD: ContextVar[dict[int, _Weights] | None] = ContextVar("held_weights", default=None)
@@ -52,13 +52,13 @@ _HELD: ContextVar[dict[int, _Weights] | None] = ContextVar("held_weights", defau
 
 @contextmanager
 def held_weights(store: dict[int, _Weights] | None = None) -> Iterator[dict[int, _Weights]]:
-    """Within this context, contractions compute their weights once, not at every call.
+    """Within this context, contractions compute their weights once instead of in every call.
 
-    For the loops of a solver. The parameters must not change inside. Each thread has its own. Weights that carry a
-    graph serve where none is wanted, too, but not the other way round.
+    For the loops of a solver. The parameters must not change inside the context. Each thread has its own context.
+    Weights with a graph are also used in calls that need none, but not the other way round.
 
     Args:
-        store: What an earlier context yielded, to go on with its weights.
+        store: What an earlier context yielded, to reuse its weights.
     """
     store = {} if store is None else store
     if torch.compiler.is_compiling():
@@ -97,27 +97,34 @@ def check_lipschitz(lipschitz: float, owner: str, *, below_one: bool = True) -> 
     if not lipschitz > 0 or (below_one and not lipschitz < 1) or not lipschitz < float("inf"):
         limits = "strictly between 0 and 1" if below_one else "positive and finite"
         raise ValueError(
-            f"{owner}: lipschitz must be {limits}, but got {lipschitz!r}. 0.9 to 0.99 are usual; at 1 the inverse "
-            "would neither be unique nor reached."
+            f"{owner}: lipschitz must be {limits}, but got {lipschitz!r}. Typical values are 0.9 to 0.99; at 1 "
+            "the inverse need not be unique, and the iteration for it need not converge."
         )
     return float(lipschitz)
 
 
 def contract(weight: Tensor, lipschitz: float, norm: Tensor) -> Tensor:
-    """Return ``weight * min(1, lipschitz / norm)``, with room for the rounding of the product."""
+    """Return ``weight * min(1, lipschitz / norm)``, with a margin for the rounding of the product."""
     smaller = min(weight.shape[0], weight[0].numel())
     room = 1 + torch.finfo(weight.dtype).eps * (1 + smaller**0.5)
     return weight * (lipschitz / (norm * room).clamp_min(lipschitz)).to(weight.dtype)
 
 
 class LinearContraction(nn.Module):
-    r"""A linear layer with a Lipschitz constant that holds by construction: :math:`y = \min(1, c / |A|) A x + b`.
+    r"""A linear layer whose Lipschitz constant is bounded by construction: :math:`y = \min(1, c / |A|) A x + b`.
 
     Args:
         in_features: Width of x.
         out_features: Width of y.
-        lipschitz: c, between 0 and 1.
-        bias: Whether b is learned.
+        lipschitz: Bound c, strictly between 0 and 1.
+        bias: Whether to learn the bias b.
+
+    Attributes:
+        weight: A, ``(out_features, in_features)``, unconstrained.
+        bias: b, ``(out_features,)``; None without a bias.
+
+    Shape:
+        ``(*B, in_features) -> (*B, out_features)``.
 
     Raises:
         ValueError: if ``lipschitz`` is not strictly between 0 and 1.
@@ -145,7 +152,7 @@ class LinearContraction(nn.Module):
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def contracted(self) -> Tensor:
-        """Return the matrix that acts, ``(out_features, in_features)``."""
+        """Return the matrix that is applied to x, ``(out_features, in_features)``."""
         compute_tensors(self)
         return contract(self.weight, self.lipschitz, linalg.spectral_norm_bound(self.weight))
 
@@ -157,17 +164,24 @@ class LinearContraction(nn.Module):
 
 
 class Conv2dContraction(nn.Module):
-    """A convolution, stride 1, that keeps the resolution and whose operator norm is bounded for images of any size.
+    """A convolution with stride 1 that keeps the resolution; its operator norm is bounded for images of any size.
 
-    The norm is that of the convolution itself, not of its kernel as a matrix
+    The bound is on the norm of the convolution itself, not of its kernel as a matrix
     (:func:`~pyro_invflows.linalg.convolution_norm_bound`).
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Side of the kernel, odd.
-        lipschitz: Bound on the operator norm, between 0 and 1.
-        bias: Whether a bias is learned.
+        kernel_size: Side k of the kernel, odd.
+        lipschitz: Bound on the operator norm, strictly between 0 and 1.
+        bias: Whether to learn a bias.
+
+    Attributes:
+        weight: Kernel, ``(out_channels, in_channels, k, k)``, unconstrained.
+        bias: ``(out_channels,)``; None without a bias.
+
+    Shape:
+        ``(N, in_channels, H, W) -> (N, out_channels, H, W)``.
 
     Raises:
         ValueError: if ``lipschitz`` is not strictly between 0 and 1, or the kernel's side is even.
@@ -199,7 +213,7 @@ class Conv2dContraction(nn.Module):
         nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
 
     def contracted(self) -> Tensor:
-        """Return the kernel that acts, ``(out_channels, in_channels, k, k)``."""
+        """Return the kernel that is applied, ``(out_channels, in_channels, k, k)``."""
         compute_tensors(self)
         return contract(self.weight, self.lipschitz, linalg.convolution_norm_bound(self.weight))
 
@@ -212,24 +226,30 @@ class Conv2dContraction(nn.Module):
 
 
 class ContractiveMLP(nn.Module):
-    r"""A multi-layer perceptron g whose Lipschitz constant, in x, holds by construction.
+    r"""A multi-layer perceptron g whose Lipschitz constant with respect to x is bounded by construction.
 
     .. math:: g(x) = \min\Bigl(1, \frac{c}{\prod_i |W_i|}\Bigr) W_L \phi(\cdots \phi(W_1 x + b_1) \cdots) + b_L.
 
-    Only the product of the norms is bounded, by a factor on the last matrix: single matrices may be as large as they
-    like, so that steep features remain possible where each layer's own bound would flatten them. A context shifts the
-    biases, by a network of its own, so that one bound serves every context.
+    Only the product of the norms is bounded, by a factor on the last matrix. A single matrix may be of any size, so
+    that steep features remain possible which a bound on each layer would flatten. A context shifts the biases, through
+    a network of its own, so that the bound is the same for every context.
 
     Args:
         input_dim: Width of x and of g(x).
-        hidden_dims: Hidden widths.
-        lipschitz: c, strictly between 0 and 1.
+        hidden_dims: Widths of the hidden layers.
+        lipschitz: Bound c, strictly between 0 and 1.
         activation: Constructor of the activations, elementwise with slopes of at most 1.
         context_dim: Width of the context; 0 for none.
-        context_hidden_dims: Hidden widths of the context's network.
+        context_hidden_dims: Widths of the hidden layers of the network that reads the context.
+
+    Attributes:
+        layers: L ``nn.Linear`` layers, unconstrained; layer i holds :math:`W_i` ``(n_i, n_{i-1})`` and :math:`b_i`
+            ``(n_i,)``. The last one starts at zero.
+        activations: The L - 1 activations, with their parameters if they have any.
+        hypernet: Network from the context to the shifts of all biases, which start at zero; None without a context.
 
     Shape:
-        ``(*B, input_dim) -> (*B, input_dim)``; the context ``(*B, context_dim)`` broadcasts.
+        ``(*B, input_dim) -> (*B, input_dim)``; the batch dimensions of the context ``(*B, context_dim)`` broadcast.
 
     Raises:
         ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
@@ -275,11 +295,11 @@ class ContractiveMLP(nn.Module):
             nn.init.zeros_(parameter)
 
     def contracted(self) -> list[Tensor]:
-        """Return the matrices that act; the product of their spectral norms is at most ``lipschitz``."""
+        """Return the matrices that are applied; the product of their spectral norms is at most ``lipschitz``."""
         return contract_product(self._own("weight"), self.lipschitz)[0]
 
     def _own(self, name: str) -> list[Tensor]:
-        """Return the weights or the biases: the linear layers themselves are not called."""
+        """Return the weights or the biases; the linear layers are never called."""
         for layer in self.layers:
             compute_tensors(layer)
         return [getattr(layer, name) for layer in self.layers]
@@ -298,7 +318,7 @@ class ContractiveMLP(nn.Module):
         return x
 
     def linearise(self, x: Tensor, context: Tensor | None = None) -> Linearisation:
-        """Return the value at x together with the Jacobian there, in closed form."""
+        """Return the value at x and the Jacobian there, in closed form."""
         weights = _hold(self, self.contracted)
         slopes: list[Tensor | None] = []
         for i, (weight, bias) in enumerate(zip(weights, self._biases(context), strict=True)):
@@ -310,7 +330,7 @@ class ContractiveMLP(nn.Module):
 
 
 class _MLPLinearisation(Linearisation):
-    """Products of weights and slopes."""
+    """Computed from the weights and the slopes of the activations."""
 
     def __init__(self, value: Tensor, weights: Sequence[Tensor], slopes: Sequence[Tensor | None]) -> None:
         self.value, self.weights, self.slopes = value, weights, slopes
@@ -328,7 +348,7 @@ class _MLPLinearisation(Linearisation):
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``W x + b``, where b may have batch dimensions that x has not."""
+    """Return ``W x + b``, where b may have batch dimensions that x lacks."""
     if bias is None or bias.dim() == 1:
         return F.linear(x, weight, bias)
     return F.linear(x, weight) + bias
@@ -338,13 +358,15 @@ def contract_product(weights: Sequence[Tensor], lipschitz: float) -> tuple[list[
     """Scale the last matrix so that the product of the spectral norms is at most ``lipschitz``.
 
     Returns:
-        The matrices, and bounds on the norms that they had.
+        The matrices, and bounds on the norms that they had before.
     """
     norms = linalg.spectral_norm_bounds(weights)
-    product = norms[0] if lacks_float64(norms[0].device) else norms[0].double()  # three large norms overflow in single
+    product = (
+        norms[0] if lacks_float64(norms[0].device) else norms[0].double()
+    )  # the product of three large norms overflows in float32
     for norm in norms[1:]:
         product = product * norm
-    # rounding, never downwards; that of the other matrices to their own dtype included
+    # round up, also for the rounding of the other matrices to their own dtype
     product = product * (1 + 4 * len(weights) * torch.finfo(norms[0].dtype).eps)
     return [*weights[:-1], contract(weights[-1], lipschitz, product)], norms
 
@@ -356,16 +378,16 @@ def contractive_conv_network(
     lipschitz: float = 0.97,
     activation: Callable[[], nn.Module] = LipSwish,
 ) -> nn.Sequential:
-    """Build a convolutional contraction: 3 x 3, 1 x 1, ..., 3 x 3 kernels, whose bounds multiply to ``lipschitz``.
+    """Build a convolutional contraction with 3 x 3, 1 x 1, ..., 3 x 3 kernels, bounded by ``lipschitz`` as a whole.
 
     Args:
         channels: Channels of the input and output.
         hidden_channels: Channels of the hidden layers.
-        lipschitz: Bound on the whole, strictly between 0 and 1.
-        activation: Constructor of the activations, with slopes of at most 1.
+        lipschitz: Bound on the whole network, shared equally by the layers; strictly between 0 and 1.
+        activation: Constructor of the activations, elementwise with slopes of at most 1.
 
     Returns:
-        ``nn.Sequential``, ``(N, channels, H, W) -> (N, channels, H, W)``; zero at the start.
+        ``nn.Sequential``, ``(N, channels, H, W) -> (N, channels, H, W)``; its output starts at zero.
 
     Raises:
         ValueError: if ``lipschitz`` is out of range or the activation is steeper than 1.
@@ -384,9 +406,9 @@ def contractive_conv_network(
     return Network(*layers, zero_output=True)
 
 
-# ---------------------------------------------------------------------- what is known of other modules
+# ---------------------------------------------------------------------- bounds for other modules
 
-#: Largest slopes of torch's own elementwise modules and of maps that only rearrange.
+#: Largest slopes of torch's elementwise modules.
 _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.CELU: lambda m: 1.0 if m.alpha > 0 else math.inf,
     nn.ELU: lambda m: max(1.0, abs(m.alpha)),
@@ -401,7 +423,7 @@ _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
     nn.SELU: lambda m: 1.7581,
     nn.Sigmoid: lambda m: 0.25,
     nn.SiLU: lambda m: 1.0999,
-    # beyond its threshold torch takes x for it: a jump of exp(-threshold) / beta
+    # beyond its threshold torch returns x: a jump of exp(-threshold) / beta
     nn.Softplus: lambda m: 1.0 if m.threshold >= 20 else math.inf,
     nn.Softshrink: lambda m: 1.0,
     nn.Softsign: lambda m: 1.0,
@@ -411,15 +433,15 @@ _SLOPES: dict[type[nn.Module], Callable[[Any], float]] = {
 
 
 def make_activations(constructor: Callable[[], nn.Module], count: int, owner: str) -> list[nn.Module]:
-    """Build activations, elementwise with slopes of at most 1, or say why not."""
+    """Build activations; raise an error unless they are elementwise with slopes of at most 1."""
     activation_constructor(constructor, owner)
     activations = [constructor() for _ in range(count)]
     for activation in activations:
         elementwise = type(activation) in _SLOPES or hasattr(activation, "value_and_slope")
         if not isinstance(activation, nn.Module) or not elementwise:
             raise ValueError(
-                f"{owner}: {type(activation).__name__} is not a known elementwise activation. Take one of torch's "
-                "own, networks.LipSwish or networks.Sine, or a module with an attribute 'lipschitz' and a method "
+                f"{owner}: {type(activation).__name__} is not a known elementwise activation. Use one of torch's, "
+                "networks.LipSwish or networks.Sine, or a module with an attribute 'lipschitz' and a method "
                 "value_and_slope(x)."
             )
         lipschitz_bound(activation, owner=owner)
@@ -429,16 +451,16 @@ def make_activations(constructor: Callable[[], nn.Module], count: int, owner: st
 def lipschitz_bound(module: nn.Module, *, owner: str = "lipschitz_bound", path: str = "") -> float:
     """Return a bound on a network's Lipschitz constant that holds by construction.
 
-    Known are this library's contractions, ``nn.Sequential`` of known modules, torch's elementwise activations, and any
-    module with an attribute ``lipschitz``, its author's promise.
+    Known contractions are those of this library, ``nn.Sequential`` of known modules, torch's elementwise activations,
+    and any module with an attribute ``lipschitz``, which its author vouches for.
 
     Args:
         module: The network.
-        owner: Whom an error names.
-        path: Where the module stands, for the error.
+        owner: Name used in error messages.
+        path: Path of the module inside the network, for error messages.
 
     Raises:
-        ValueError: naming the first layer that is no contraction, or steeper than 1.
+        ValueError: if a module is not a known contraction, or its constant may exceed 1; the first one is named.
     """
     where = f"'{path}' ({type(module).__name__})" if path else type(module).__name__
     declared = getattr(module, "lipschitz", None)
@@ -454,11 +476,11 @@ def lipschitz_bound(module: nn.Module, *, owner: str = "lipschitz_bound", path: 
         raise ValueError(
             f"{owner}: {where} is not a known contraction. Use networks.LinearContraction, "
             "networks.Conv2dContraction, networks.ContractiveMLP or activations with slopes of at most 1, or give the "
-            "module an attribute 'lipschitz', if you can promise one."
+            "module an attribute 'lipschitz', if you can vouch for one."
         )
     if bound > 1:
         raise ValueError(
-            f"{owner}: {where} may stretch by {bound:.4g}, but a contraction needs slopes of at most 1. Take "
-            "networks.LipSwish for a swish, or scale the module."
+            f"{owner}: the Lipschitz constant of {where} must be at most 1, but may be {bound:.4g}. Use "
+            "networks.LipSwish in place of a swish, or scale the module down."
         )
     return bound

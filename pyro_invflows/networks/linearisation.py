@@ -1,4 +1,4 @@
-"""A function near one point of each row: its value, and products with its Jacobian."""
+"""Linearisations of a function at a batch of points: its value, and products with its Jacobian."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ __all__ = ["Linearisation", "linearise"]
 
 
 class Linearisation:
-    """The value of g at x ``(*B, *E)`` and its Jacobian there. With a graph wherever autograd records."""
+    """The value of a function g at x ``(*B, *E)`` and its Jacobian J there, with a graph if autograd is recording.
+
+    Attributes:
+        value: g(x), ``(*B, *E)``.
+    """
 
     value: Tensor
 
@@ -26,12 +30,12 @@ class Linearisation:
         raise NotImplementedError
 
     def reduced_jacobian(self) -> Tensor:
-        """Return a matrix M, perhaps smaller, with ``det(I + M) = det(I + J)``."""
+        """Return a matrix M, possibly smaller than J, with ``det(I + M) = det(I + J)``."""
         return self.jacobian()
 
 
 class _Traced(Linearisation):
-    """By automatic differentiation, for any function that works row by row."""
+    """Computed by automatic differentiation, for any function that acts on each row separately."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> None:
         self.event_dim = event_dim
@@ -44,7 +48,7 @@ class _Traced(Linearisation):
         with torch.enable_grad():
             self.x = x.detach().requires_grad_() if self._alone else x
             self._traced = function(self.x)
-        # a leaf made here must not make the value look as if someone could ask for its gradient
+        # the leaf made here must not make the value look differentiable to the caller
         self._frozen = not self._graph or (self._alone and not _depends_on_more(self._traced, self.x))
         self.value = self._traced.detach() if self._frozen else self._traced
 
@@ -66,7 +70,7 @@ class _Traced(Linearisation):
 
 
 def _depends_on_more(value: Tensor, x: Tensor) -> bool:
-    """Whether the graph of a value has a leaf other than x."""
+    """Whether the autograd graph of a value has a leaf other than x."""
     if value.grad_fn is None:
         return False
     seen, stack = set(), [value.grad_fn]
@@ -83,10 +87,10 @@ def _depends_on_more(value: Tensor, x: Tensor) -> bool:
 
 
 def linearise(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int = 1) -> Linearisation:
-    """Linearise any function at x, row by row, by automatic differentiation.
+    """Linearise any function at x by automatic differentiation.
 
     Args:
-        function: ``(*B, *E) -> (*B, *E)``; no row may depend on another.
+        function: ``(*B, *E) -> (*B, *E)``; each row of the result must depend on the same row of x only.
         x: The points.
         event_dim: Number of dimensions of E.
     """
