@@ -171,7 +171,7 @@ def convolution_norm_bound(kernel: Tensor) -> Tensor:
         kernel: ``(out_channels, in_channels, k_h, k_w)``, real, k odd.
 
     Returns:
-        A scalar, at most 4 % above the supremum (not at all for 1 x 1 kernels). Derivatives as in :func:`spectral_norm`.
+        A scalar, at most 4 % above the supremum (0 % for 1 x 1 kernels). Derivatives as in :func:`spectral_norm`.
 
     Raises:
         ValueError: if the kernel has another shape or an even side.
