@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-newest lint types tutorials bench docs clean
+.PHONY: demo test test-newest test-wheel lint types tutorials bench docs clean
 
 # torch first and pinned: any later request is then satisfied and pulls no other build
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -35,6 +35,19 @@ $(NEWEST)/.test: pyproject.toml constraints.txt
 
 test-newest: $(NEWEST)/.test
 	$(NEWEST)/bin/python -m pytest -q --numprocesses 2
+
+# the built wheel in a clean environment, away from the sources
+WHEEL := build/wheel
+test-wheel: $(VENV)/.core
+	rm -rf $(WHEEL) build/lib && mkdir -p $(WHEEL)/tree
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		torch pyro-ppl numpy
+	$(WHEEL)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"$$(ls $(WHEEL)/*.whl)[test]"
+	cp -r tests docs README.md CONTRIBUTING.md pyproject.toml $(WHEEL)/tree
+	cd $(WHEEL)/tree && ../venv/bin/python -m pytest -q --numprocesses 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -18,10 +18,8 @@ from pyro_invflows import testing
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 MODULES = [m.name for m in pkgutil.walk_packages(pyro_invflows.__path__, "pyro_invflows.")]
-ROOT = Path(pyro_invflows.__file__).parent.parent
-PAGES = [
-    p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.exists()
-]
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def names():

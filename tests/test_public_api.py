@@ -14,7 +14,7 @@ from cases import CASES, CHANGES_DIMENSION
 import pyro_invflows as pf
 from pyro_invflows import transforms
 
-ROOT = Path(pf.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 LAYERS = sorted(
     name
     for name in pf.__all__
