@@ -82,7 +82,7 @@ def test_value_errors(index):
         (lambda: pf.AffineCoupling(1, lambda v: v), "must be a module"),
         (lambda: pf.shift(3)([1.0, 2.0, 3.0]), "floating point"),
         (lambda: pf.affine_coupling(4, 8), r"sequence of ints, such as \(64, 64\), but got 8"),
-        (lambda: pf.conditional_planar(4, 2, 8), "sequence of ints"),
+        (lambda: pf.conditional_planar(4, 2, context_hidden_dims=8), "sequence of ints"),
         (lambda: pf.generalized_sylvester(4, 8), "sequence of ints"),
         (lambda: pf.contractive_residual(4, 8), "sequence of ints"),
         (lambda: pf.affine_coupling(4, [8.0]), "each of hidden_dims must be an int"),
@@ -185,7 +185,7 @@ def test_a_guide_that_is_given_a_layer_for_a_function(layer):
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_base_without_the_shape_of_an_event(conditional):
-    part = pf.conditional_affine_coupling(4, 2, [8]) if conditional else coupling()
+    part = pf.conditional_affine_coupling(4, 2, hidden_dims=[8]) if conditional else coupling()
     context = [torch.zeros(2)] if conditional else []
     with pytest.raises(
         ValueError, match=r"Normal, has the shape \(\)\..*Normal\(torch\.zeros\(4\), 1\.0\)\.to_event\(1\)"
@@ -217,7 +217,7 @@ def test_a_discrete_base(base):
 
 
 def test_batches_of_base_and_context_that_clash():
-    parts = [coupling(), pf.conditional_affine_coupling(4, 3, [8])]
+    parts = [coupling(), pf.conditional_affine_coupling(4, 3, hidden_dims=[8])]
     for base in (vectors(2, 4), normal(2, 4)):
         flow = pf.Flow(base, parts)
         with pytest.raises(

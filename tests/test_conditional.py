@@ -217,7 +217,9 @@ def test_a_conditioned_layer_is_an_ordinary_one():
 def test_amortised_guide_inside_plates(vectorised):
     """An encoder conditions a flow posterior: data plate, subsampling, vectorised particles."""
     data = torch.randn(20, 3)
-    flow = pf.Flow(dist.Normal(torch.zeros(2), 1.0).to_event(1), [pf.conditional_affine_coupling(2, 4, [8])])
+    flow = pf.Flow(
+        dist.Normal(torch.zeros(2), 1.0).to_event(1), [pf.conditional_affine_coupling(2, 4, hidden_dims=[8])]
+    )
     encoder = torch.nn.Linear(3, 4)
 
     def model(x):

@@ -79,7 +79,7 @@ SIZES = {
     "upscale_factor": lambda i: pf.PixelShuffle(i(3)),
     "stack": lambda i: pf.stack(i(2), lambda: pf.diagonal(i(2))),
     "conditional": lambda i: pf.Conditional(pf.diagonal(3), i(2), hidden_dims=[i(4)], event_dim=i(2)),
-    "hidden of a context": lambda i: pf.conditional_diagonal(i(3), i(2), (i(4),)),
+    "hidden of a context": lambda i: pf.conditional_diagonal(i(3), i(2), context_hidden_dims=(i(4),)),
     "dense": lambda i: pf.networks.dense_network(i(2), [i(3)], i(4)),
     "convolutional": lambda i: pf.networks.conv_network(i(2), [i(3)], i(4), spatial_dims=i(1)),
     "masked": lambda i: pf.networks.masked_network(i(3), [i(4)], i(2), context_dim=i(1)),

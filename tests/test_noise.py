@@ -55,7 +55,9 @@ def colour(noise, seed=0):
 NOISES = {
     "distribution": lambda n, k: normal(k, loc=0.2, scale=0.7),
     "flow": lambda n, k: colour(pf.whitened_noise(k)).double(),
-    "conditional": lambda n, k: scatter(pf.Flow(normal(k), [pf.conditional_diagonal(k, n, [8])]), 0.25).double(),
+    "conditional": lambda n, k: scatter(
+        pf.Flow(normal(k), [pf.conditional_diagonal(k, n, context_hidden_dims=[8])]), 0.25
+    ).double(),
 }
 
 
@@ -154,7 +156,9 @@ def test_the_log_det_on_a_miss_is_rebuilt_from_y(kind):
 
 def test_noise_conditional_on_x_is_drawn_anew_for_each_row():
     torch.manual_seed(0)
-    noise = scatter(pf.Flow(normal(2), [pf.conditional_diagonal(2, 3, [8]), pf.permute(2)]), 1.0).double()
+    noise = scatter(
+        pf.Flow(normal(2), [pf.conditional_diagonal(2, 3, context_hidden_dims=[8]), pf.permute(2)]), 1.0
+    ).double()
     layer = pf.ConcatNoise(noise)
     assert layer.input_dim == 3  # known from the context
     x = torch.randn(3, dtype=F64).expand(20_000, 3)
@@ -193,7 +197,7 @@ def test_any_dim(dim, pixelwise):
     assert d.event_shape == y.shape[2:]
     torch.testing.assert_close(d.log_prob(y.clone()), base.log_prob(x) + expected)
     torch.testing.assert_close(pf.Chain([layer]).latents(y)["e"], e)
-    context = scatter(pf.Flow(normal(2), [pf.conditional_shift(2, shape[0], [4])])).double()
+    context = scatter(pf.Flow(normal(2), [pf.conditional_shift(2, shape[0], context_hidden_dims=[4])])).double()
     layer = pf.ConcatNoise(context, dim=dim)
     y, ladj = call_and_ladj(layer, x)
     pixel = context.condition(x.movedim(dim, -1)).log_prob(y.narrow(dim, shape[0], 2).movedim(dim, -1))
@@ -290,7 +294,11 @@ def test_in_plates_and_conditional_distributions():
     assert y.shape == (5, 4)
     torch.testing.assert_close(trace.nodes["y"]["log_prob"], pf.FlowDistribution(base, [chain]).log_prob(y.clone()))
 
-    parts = [scatter(pf.conditional_diagonal(2, 3, [8]), 0.3).double(), pf.ConcatNoise(normal(2)), coupling(4).double()]
+    parts = [
+        scatter(pf.conditional_diagonal(2, 3, context_hidden_dims=[8]), 0.3).double(),
+        pf.ConcatNoise(normal(2)),
+        coupling(4).double(),
+    ]
     context = torch.randn(7, 3, dtype=F64)
     for d in (
         dist.ConditionalTransformedDistribution(base, parts).condition(context),
@@ -494,7 +502,7 @@ def test_the_posterior_as_noise_makes_both_scores_exact():
     """r(e | y) equal to the true conditional: no gap, for a single draw, of either sign."""
     slope = COVARIANCE[0, 1] / COVARIANCE[0, 0]
     for score in ("data", "sample"):
-        conditional = pf.conditional_shift(1, 1, hidden_dims=()).double()
+        conditional = pf.conditional_shift(1, 1, context_hidden_dims=()).double()
         with torch.no_grad():
             conditional.hypernet[-1].weight.fill_(slope)
         posterior = pf.Flow(normal(1, scale=RESIDUAL**0.5), [conditional])
@@ -554,7 +562,7 @@ def test_an_augmented_flow_inside_pyros_own_guide():
         pyro.sample("z", dist.MultivariateNormal(torch.ones(2), torch.tensor([[1.0, 0.6], [0.6, 0.8]])))
 
     def augmented(dim):
-        guess = pf.Flow(normal(1, dtype=torch.float32), [pf.conditional_shift(1, dim, [8])])
+        guess = pf.Flow(normal(1, dtype=torch.float32), [pf.conditional_shift(1, dim, context_hidden_dims=[8])])
         return pf.Chain([pf.inject_noise(dim, 1), pf.svd_linear(dim + 1), pf.Slice(guess, score="sample")])
 
     guide = AutoNormalizingFlow(model, augmented)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+import pydoc
 import re
+import typing
 from pathlib import Path
 
 import pyro
@@ -85,6 +88,103 @@ def test_factories_take_only_sizes_by_position(name):
     for parameter in inspect.signature(getattr(pf, name)).parameters.values():
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
             assert parameter.name in STRUCTURAL, parameter.name
+
+
+#: What a factory needs besides keywords.
+NEEDED = {
+    "input_dim": 4,
+    "context_dim": 2,
+    "noise_dim": 3,
+    "transform": pyro.distributions.transforms.planar(4),
+    "layers": pf.affine_coupling,
+}
+FACTORIES = [n for n in transforms.__all__ if n.islower()]
+
+
+def seeded(factory, *args, **kwargs):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return factory(*args, **kwargs)
+
+
+def whole_state(module):
+    """Return what a module is: its tensors, and the settings of its parts."""
+    plain = (bool, int, float, str, tuple, list, type(None))
+    settings = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in module.modules()]
+    return {name: t.tolist() for name, t in module.state_dict().items()}, settings, repr(module)
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_signatures_of_factories_are_true(name):
+    """Every parameter is advertised with its default: given by keyword it changes nothing; no other is taken."""
+    factory = getattr(pf, name)
+    parameters = inspect.signature(factory).parameters.values()
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters), "*args or **kwargs"
+    needed = {p.name: NEEDED[p.name] for p in parameters if p.default is p.empty}
+    given = {p.name: p.default for p in parameters if p.default is not p.empty}
+    plain = seeded(factory, **needed)
+    assert whole_state(seeded(factory, **needed, **given)) == whole_state(plain)
+    for keyword, default in given.items():
+        assert whole_state(seeded(factory, **needed, **{keyword: default})) == whole_state(plain), keyword
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'nonsense'"):
+        factory(**needed, nonsense=1)
+
+
+CONDITIONAL_FACTORIES = [n for n in FACTORIES if n.startswith("conditional_")]
+
+
+@pytest.mark.parametrize("name", CONDITIONAL_FACTORIES)
+def test_conditional_factories_are_functions_like_others(name):
+    """They have the arguments of the layer's factory, and the context's; made by a helper, they do not look it."""
+    factory, plain = getattr(pf, name), getattr(pf, name.removeprefix("conditional_"))
+    assert pickle.loads(pickle.dumps(factory)) is factory
+    assert (factory.__name__, factory.__qualname__, factory.__module__) == (name, name, plain.__module__)
+    parameters, own = inspect.signature(factory).parameters, inspect.signature(plain, eval_str=True).parameters
+    first, second, *others = parameters.values()
+    assert (first.name, second.name) == ("input_dim", "context_dim")
+    assert all(p.kind is p.KEYWORD_ONLY for p in others)
+    assert parameters.keys() - own.keys() <= {"context_dim", "context_hidden_dims"}
+    assert own.keys() <= parameters.keys()
+    for other in others:
+        expected = own.get(other.name)
+        if expected is None:
+            assert (other.name, other.default) == ("context_hidden_dims", (64, 64))
+        else:
+            assert (other.default, other.annotation) == (expected.default, expected.annotation)
+    hints = typing.get_type_hints(factory)
+    assert hints.pop("return") is pf.Conditional
+    assert hints == {p.name: p.annotation for p in parameters.values()}
+    text = pydoc.render_doc(factory, renderer=pydoc.plaintext)
+    assert all(f"    {keyword}: " in text for keyword in parameters)
+    with pytest.raises(TypeError, match=rf"{name}\(\) missing .* 'context_dim'"):
+        factory(4)
+
+
+@pytest.mark.parametrize("name", CONDITIONAL_FACTORIES)
+def test_one_name_for_the_network_that_reads_the_context(name):
+    """hidden_dims is the layer's own network, context_hidden_dims that of the context, where there is one."""
+    factory = getattr(pf, name)
+    keywords = inspect.signature(factory).parameters
+
+    def widths_of(module):
+        return {m.out_features for m in module.modules() if isinstance(m, torch.nn.Linear)}
+
+    if "context_hidden_dims" in keywords:
+        chosen = factory(4, 2, context_hidden_dims=[13])
+        context_network = chosen.hypernet or chosen.template.net.hypernet
+        assert context_network[0].in_features == 2
+        assert 13 in widths_of(context_network)
+        assert 13 not in widths_of(chosen) - widths_of(context_network)
+    else:
+        chosen = factory(4, 2)
+        assert chosen.hypernet is None  # nothing but the layer's own network reads the context
+        with pytest.raises(TypeError, match="unexpected keyword argument 'context_hidden_dims'"):
+            factory(4, 2, context_hidden_dims=[13])
+    if "hidden_dims" in keywords:
+        conditional = factory(4, 2, hidden_dims=[13])
+        own = getattr(conditional.template, "net", None) or conditional.template.hypernet
+        assert 13 in widths_of(own)
+        assert conditional.hypernet is None or 13 not in widths_of(conditional.hypernet)
 
 
 @pytest.mark.parametrize("name", LAYERS)

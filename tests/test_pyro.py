@@ -119,7 +119,7 @@ def test_a_bayesian_layer():
 
 def _conditional_flow(kind=pf.Flow):
     base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
-    return kind(base, [pf.orthogonal(3), pf.conditional_affine_coupling(3, 2, [8])], trainable_base=True)
+    return kind(base, [pf.orthogonal(3), pf.conditional_affine_coupling(3, 2, hidden_dims=[8])], trainable_base=True)
 
 
 @pytest.mark.parametrize("way", ["subscript", "converted"])
@@ -143,7 +143,7 @@ def test_a_flow_is_a_pyro_module(way):
 
 
 def test_what_is_registered_with_pyro_keeps_its_interface():
-    flow, layer = _conditional_flow(), pf.conditional_affine_coupling(3, 2, [8])
+    flow, layer = _conditional_flow(), pf.conditional_affine_coupling(3, 2, hidden_dims=[8])
     assert isinstance(flow, dist.ConditionalDistribution)
     assert isinstance(layer, dist.ConditionalTransform)
     assert isinstance(layer, dist.ConditionalTransformModule)
@@ -203,7 +203,7 @@ def test_a_bayesian_flow_is_scored_with_the_draws_in_the_trace(conditional):
     def build():
         base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
         if conditional:
-            parts = [pf.conditional_affine_coupling(3, 2, [8]), pf.conditional_diagonal(3, 2)]
+            parts = [pf.conditional_affine_coupling(3, 2, hidden_dims=[8]), pf.conditional_diagonal(3, 2)]
         else:
             parts = [pf.orthogonal(3), pf.Inverted(pf.affine_coupling(3, [8])), pf.diagonal(3)]
         return pf.Flow(base, parts)

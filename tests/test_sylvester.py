@@ -178,7 +178,7 @@ def test_sylvester_newton_counts():
 
 @pytest.mark.parametrize("hidden", [1, 3, 6])
 def test_sylvester_amortised_by_row(hidden):
-    conditional = pf.conditional_sylvester(6, 2, [8], hidden_dim=hidden).double()
+    conditional = pf.conditional_sylvester(6, 2, context_hidden_dims=[8], hidden_dim=hidden).double()
     scatter(conditional, 0.5)
     context = torch.randn(20, 2, dtype=torch.float64)
     layer = conditional.condition(context).with_cache(0)
@@ -196,7 +196,7 @@ def test_sylvester_amortised_by_row(hidden):
 @pytest.mark.parametrize("scale", [5.0, 20.0])
 @pytest.mark.parametrize("hidden", [1, 3, 6])
 def test_sylvester_amortised_by_row_at_every_scale(hidden, scale):
-    conditional = pf.conditional_sylvester(6, 2, [8], hidden_dim=hidden).double()
+    conditional = pf.conditional_sylvester(6, 2, context_hidden_dims=[8], hidden_dim=hidden).double()
     scatter(conditional, scale)
     layer = conditional.condition(torch.randn(20, 2, dtype=torch.float64)).with_cache(0)
     assert layer.weight.shape == (20, hidden, hidden)
@@ -312,7 +312,7 @@ def test_generalized_sweeps_are_few():
 
 
 def test_generalized_context():
-    conditional = scatter(pf.conditional_generalized_sylvester(3, 2, [6]).double(), 0.5)
+    conditional = scatter(pf.conditional_generalized_sylvester(3, 2, hidden_dims=[6]).double(), 0.5)
     context = torch.randn(5, 2, dtype=torch.float64)
     layer = conditional.condition(context).with_cache(0)
     x = torch.randn(4, 5, 3, dtype=torch.float64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from pyro.distributions import ConditionalTransformModule
@@ -19,7 +21,7 @@ from pyro_invflows.support.checks import described, positive_int
 from pyro_invflows.support.computed import computed_names
 from pyro_invflows.support.modes import is_any_autocast
 
-__all__ = ["Conditional"]
+__all__ = ["Conditional", "conditional_factory"]
 
 
 class Conditional(nn.Module):
@@ -220,3 +222,75 @@ def _contexts(template: Bijection) -> Iterator[tuple[str, int]]:
     for prefix, layer, _ in _layers(template):
         if isinstance(layer, ContextLayer) and layer.context_dim:
             yield f"{prefix}context", layer.context_dim
+
+
+#: Hidden widths of the network that reads the context, where nobody chose them.
+_CONTEXT_HIDDEN_DIMS = (64, 64)
+
+
+def conditional_factory(
+    factory: Callable[..., Bijection],
+    how: str = "a hypernetwork sets its parameters from a context",
+    *,
+    hypernet: bool = True,
+) -> Callable[..., Conditional]:
+    """Return ``conditional_f`` for the factory ``f`` of a layer, as a function with a signature of its own.
+
+    It takes ``input_dim``, ``context_dim``, and by keyword ``context_hidden_dims`` and the factory's own arguments. A
+    factory that has a ``context_dim`` gets that too: its layer's network also reads the context.
+
+    Args:
+        factory: Builds the layer from ``input_dim`` and keywords.
+        how: How the context acts, for the docstring.
+        hypernet: Whether the layer has parameters that a hypernetwork sets. If not, ``context_hidden_dims`` goes to the
+            factory, where that takes it.
+    """
+    name = f"conditional_{factory.__name__}"
+    own = inspect.signature(factory, eval_str=True).parameters
+    keyword, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    input_dim, *others = own.values()
+    parameters = [input_dim, inspect.Parameter("context_dim", either, annotation=int)]
+    if hypernet or "context_hidden_dims" in own:
+        hidden_dims = inspect.Parameter(
+            "context_hidden_dims", keyword, default=_CONTEXT_HIDDEN_DIMS, annotation=Sequence[int]
+        )
+        parameters.append(hidden_dims)
+    taken = {parameter.name for parameter in parameters}
+    parameters += [other.replace(kind=keyword) for other in others if other.name not in taken]
+    keywords_known = [parameter.name for parameter in parameters if parameter.kind is keyword]
+
+    def build(input_dim: int, context_dim: int, **keywords: Any) -> Conditional:
+        for given in keywords:
+            if given not in keywords_known:
+                raise TypeError(
+                    f"{name}() got an unexpected keyword argument {given!r}; it takes {', '.join(keywords_known)}."
+                )
+        hidden_dims = _CONTEXT_HIDDEN_DIMS
+        if hypernet:
+            hidden_dims = keywords.pop("context_hidden_dims", hidden_dims)
+        if "context_dim" in own:
+            keywords["context_dim"] = context_dim
+        return Conditional(factory(input_dim, **keywords), context_dim, hidden_dims=hidden_dims)
+
+    signature = inspect.Signature(parameters, return_annotation=Conditional)
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = factory.__module__
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    build.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": Conditional}
+    build.__doc__ = _factory_doc(factory.__name__, how, keywords_known)
+    return build
+
+
+def _factory_doc(name: str, how: str, keywords: Sequence[str]) -> str:
+    lines = [
+        f"Build a conditional :func:`{name}`: {how}.",
+        "",
+        "Args:",
+        f"    input_dim: As in :func:`{name}`.",
+        "    context_dim: Width of the context.",
+    ]
+    for keyword in keywords:
+        reader = keyword == "context_hidden_dims"
+        what = "Hidden widths of the network that reads the context." if reader else f"As in :func:`{name}`."
+        lines.append(f"    {keyword}: {what}")
+    return "\n".join(lines)

@@ -17,14 +17,14 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import Elementwise
 from pyro_invflows.support.checks import floating_tensor, positive_int
 
@@ -664,13 +664,5 @@ def baird(input_dim: int) -> Baird:
     return Baird((int(input_dim),))
 
 
-def conditional_prelu(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (64, 64), *, negative_slope: float = 1.0
-) -> Conditional:
-    """Build a :func:`prelu` whose slopes a hypernetwork sets from a context."""
-    return Conditional(prelu(input_dim, negative_slope=negative_slope), context_dim, hidden_dims=hidden_dims)
-
-
-def conditional_baird(input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> Conditional:
-    """Build a :func:`baird` whose c a hypernetwork sets from a context."""
-    return Conditional(baird(input_dim), context_dim, hidden_dims=hidden_dims)
+conditional_prelu = conditional_factory(prelu, "a hypernetwork sets its slopes from a context")
+conditional_baird = conditional_factory(baird, "a hypernetwork sets its c from a context")

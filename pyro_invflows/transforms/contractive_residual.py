@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.logdet import Exact, LogDet
 from pyro_invflows.networks import (
@@ -309,6 +309,7 @@ def contractive_residual(
     lipschitz: float = 0.97,
     activation: Callable[[], nn.Module] = LipSwish,
     context_dim: int = 0,
+    context_hidden_dims: Sequence[int] = (64, 64),
     log_det: LogDet | None = None,
     order: int = 1,
     solver: Newton | Anderson | FixedPoint | None = None,
@@ -326,6 +327,7 @@ def contractive_residual(
         lipschitz: Bound on the network's Lipschitz constant, strictly between 0 and 1.
         activation: Constructor of the activations.
         context_dim: Width of the context, which shifts the biases; vectors only.
+        context_hidden_dims: Hidden widths of the network that reads the context.
         log_det: As in the class; the default is exact, also for images, whose size it limits.
         order: As in the class.
         solver: As in the class.
@@ -347,6 +349,7 @@ def contractive_residual(
             lipschitz=lipschitz,
             activation=activation,
             context_dim=context_dim,
+            context_hidden_dims=context_hidden_dims,
         )
     elif dim == -3 and not context_dim:
         channels = (32, 32) if hidden_dims is None else hidden_dims
@@ -370,8 +373,6 @@ def contractive_residual(
     )
 
 
-def conditional_contractive_residual(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
-) -> Conditional:
-    """Build a :func:`contractive_residual` whose biases a context shifts; keywords as there."""
-    return Conditional(contractive_residual(input_dim, hidden_dims, context_dim=context_dim, **kwargs), context_dim)
+conditional_contractive_residual = conditional_factory(
+    contractive_residual, "a network that reads a context shifts its biases", hypernet=False
+)

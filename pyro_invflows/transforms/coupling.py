@@ -7,12 +7,11 @@ Eqs. 7 and 8, for the affine one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.events import negative_axis
 from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import conv_network, dense_network
@@ -278,15 +277,4 @@ def affine_coupling(
     )
 
 
-def conditional_affine_coupling(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
-) -> Conditional:
-    """Build an :func:`affine_coupling` whose network also takes a context.
-
-    Args:
-        input_dim: D.
-        context_dim: Width of the context.
-        hidden_dims: Hidden widths of the coupling's network.
-        **kwargs: As in :func:`affine_coupling`.
-    """
-    return Conditional(affine_coupling(input_dim, hidden_dims, context_dim=context_dim, **kwargs), context_dim)
+conditional_affine_coupling = conditional_factory(affine_coupling, "its network also reads a context", hypernet=False)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import VolumePreserving
 from pyro_invflows.support.checks import floating_tensor
 
@@ -165,24 +163,5 @@ def diagonal(input_dim: int, *, bias: bool = True, dim: int = -1) -> Diagonal:
     return Diagonal(input_dim, bias=bias, dim=dim)
 
 
-def conditional_shift(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] = (64, 64),
-    *,
-    dim: int = -1,
-) -> Conditional:
-    """Build a :func:`shift` whose parameters a hypernetwork sets from a context."""
-    return Conditional(shift(input_dim, dim=dim), context_dim, hidden_dims=hidden_dims)
-
-
-def conditional_diagonal(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] = (64, 64),
-    *,
-    bias: bool = True,
-    dim: int = -1,
-) -> Conditional:
-    """Build a :func:`diagonal` whose parameters a hypernetwork sets from a context."""
-    return Conditional(diagonal(input_dim, bias=bias, dim=dim), context_dim, hidden_dims=hidden_dims)
+conditional_shift = conditional_factory(shift)
+conditional_diagonal = conditional_factory(diagonal)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
@@ -264,8 +264,6 @@ def generalized_sylvester(
     )
 
 
-def conditional_generalized_sylvester(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **kwargs: Any
-) -> Conditional:
-    """Build a :func:`generalized_sylvester` whose network also takes a context, which sets the rotation too."""
-    return Conditional(generalized_sylvester(input_dim, hidden_dims, context_dim=context_dim, **kwargs), context_dim)
+conditional_generalized_sylvester = conditional_factory(
+    generalized_sylvester, "its network also reads a context, from which a hypernetwork sets its rotation"
+)

@@ -7,14 +7,14 @@ Orthogonal factors are products of Householder reflections in compact WY form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import VolumePreserving
 from pyro_invflows.support.checks import floating_tensor, positive_int
 from pyro_invflows.support.computed import compute_tensors
@@ -285,31 +285,5 @@ def svd_linear(input_dim: int, *, num_reflections: int | None = None, bias: bool
     return SVDLinear(input_dim, num_reflections=num_reflections, bias=bias, dim=dim)
 
 
-def conditional_orthogonal(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] = (64, 64),
-    *,
-    num_reflections: int | None = None,
-    bias: bool = False,
-    dim: int = -1,
-) -> Conditional:
-    """Build an :func:`orthogonal` whose parameters a hypernetwork sets from a context."""
-    return Conditional(
-        orthogonal(input_dim, num_reflections=num_reflections, bias=bias, dim=dim), context_dim, hidden_dims=hidden_dims
-    )
-
-
-def conditional_svd_linear(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] = (64, 64),
-    *,
-    num_reflections: int | None = None,
-    bias: bool = True,
-    dim: int = -1,
-) -> Conditional:
-    """Build a :func:`svd_linear` whose parameters a hypernetwork sets from a context."""
-    return Conditional(
-        svd_linear(input_dim, num_reflections=num_reflections, bias=bias, dim=dim), context_dim, hidden_dims=hidden_dims
-    )
+conditional_orthogonal = conditional_factory(orthogonal)
+conditional_svd_linear = conditional_factory(svd_linear)

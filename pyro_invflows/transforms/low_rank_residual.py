@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.chain import Chain
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.networks import (
     LipSwish,
     value_and_slope,
@@ -396,20 +396,4 @@ def iresnet(
     return Chain(parts, recompute=recompute)
 
 
-def conditional_low_rank_residual(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] = (64, 64),
-    *,
-    hidden_dim: int | None = None,
-    form: str = "bottleneck",
-    lipschitz: float = 0.97,
-    activation: Callable[[], nn.Module] = LipSwish,
-    order: int = 1,
-    solver: Newton | None = None,
-) -> Conditional:
-    """Build a :func:`low_rank_residual` whose biases a hypernetwork (of widths ``hidden_dims``) sets from a context."""
-    layer = low_rank_residual(
-        input_dim, hidden_dim, form=form, lipschitz=lipschitz, activation=activation, order=order, solver=solver
-    )
-    return Conditional(layer, context_dim, hidden_dims=hidden_dims)
+conditional_low_rank_residual = conditional_factory(low_rank_residual, "a hypernetwork sets its biases from a context")

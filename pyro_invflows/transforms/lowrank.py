@@ -2,14 +2,12 @@ r"""A linear layer of the identity plus low rank, whose inverse costs what the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.precision import at_least_single
@@ -132,13 +130,4 @@ def low_rank_linear(input_dim: int, rank: int | None = None, *, bias: bool = Tru
     return LowRankLinear(input_dim, rank, bias=bias)
 
 
-def conditional_low_rank_linear(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] = (64, 64),
-    *,
-    rank: int | None = None,
-    bias: bool = True,
-) -> Conditional:
-    """Build a :func:`low_rank_linear` whose parameters a hypernetwork sets from a context."""
-    return Conditional(low_rank_linear(input_dim, rank, bias=bias), context_dim, hidden_dims=hidden_dims)
+conditional_low_rank_linear = conditional_factory(low_rank_linear)

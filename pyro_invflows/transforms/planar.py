@@ -7,7 +7,6 @@ inverses that the paper leaves out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.solvers import Newton, tanh_root, tanh_slope
 from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.support.precision import at_least_single, full_precision
@@ -240,13 +239,5 @@ def radial(input_dim: int) -> Radial:
     return Radial(input_dim)
 
 
-def conditional_planar(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (64, 64), *, solver: Newton | None = None
-) -> Conditional:
-    """Build a :func:`planar` whose parameters a hypernetwork sets from a context."""
-    return Conditional(planar(input_dim, solver=solver), context_dim, hidden_dims=hidden_dims)
-
-
-def conditional_radial(input_dim: int, context_dim: int, hidden_dims: Sequence[int] = (64, 64)) -> Conditional:
-    """Build a :func:`radial` whose parameters a hypernetwork sets from a context."""
-    return Conditional(radial(input_dim), context_dim, hidden_dims=hidden_dims)
+conditional_planar = conditional_factory(planar)
+conditional_radial = conditional_factory(radial)

@@ -6,14 +6,12 @@ fixed point that public implementations use diverges for legal parameters; here 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
-from pyro_invflows.core.conditional import Conditional
+from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.solvers import (
     Newton,
     tanh_slope,
@@ -210,15 +208,4 @@ def sylvester(
     )
 
 
-def conditional_sylvester(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] = (64, 64),
-    *,
-    hidden_dim: int | None = None,
-    num_reflections: int | None = None,
-    solver: Newton | None = None,
-) -> Conditional:
-    """Build a :func:`sylvester` whose parameters a hypernetwork (of widths ``hidden_dims``) sets from a context."""
-    layer = sylvester(input_dim, hidden_dim, num_reflections=num_reflections, solver=solver)
-    return Conditional(layer, context_dim, hidden_dims=hidden_dims)
+conditional_sylvester = conditional_factory(sylvester)
