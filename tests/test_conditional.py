@@ -310,3 +310,107 @@ def test_layers_inside_torchs_wrappers_are_conditioned():
         results.append(pf.call_and_ladj(layer.condition(context), x))
     torch.testing.assert_close(*results)
     assert not torch.allclose(results[0][0], plain(x))
+
+
+# ---------------------------------------------------------------------- a hypernetwork of one's own
+
+
+class Own(torch.nn.Module):
+    """Not a Sequential, with state that a call changes in training mode, and random."""
+
+    def __init__(self, out, context_dim=CONTEXT_DIM):
+        super().__init__()
+        self.inner = torch.nn.Linear(context_dim, 5)
+        self.norm = torch.nn.BatchNorm1d(5)
+        self.out = torch.nn.Linear(5, out)
+
+    def forward(self, context):
+        flat = self.norm(self.inner(context.reshape(-1, context.shape[-1])))
+        return self.out(torch.nn.functional.dropout(flat, training=self.training)).reshape(*context.shape[:-1], -1)
+
+
+def own_parameters(case):
+    """Return the number of elements that a context sets in a row's template, from the library's own network."""
+    conditional, _ = build(case)
+    return 0 if conditional.hypernet is None else conditional.hypernet[-1].out_features
+
+
+@pytest.mark.parametrize("case", [p for p in CONDITIONAL if own_parameters(p.values[0])])
+def test_any_module_is_a_hypernetwork(case):
+    """It sets what the library's own network would with the same output."""
+    reference, base = build(case)
+    size = own_parameters(case)
+    net = Own(size).double().eval()
+    conditional = pf.Conditional(copy.deepcopy(reference.template), CONTEXT_DIM, hypernet=net)
+    assert conditional.hypernet is net
+    context = torch.randn(7, CONTEXT_DIM, dtype=torch.float64)
+    reference.hypernet = torch.nn.Linear(CONTEXT_DIM, size).double()  # whose output is that of net
+    reference.hypernet.forward = net.forward
+    for batch in (context, context[0], context.reshape(7, 1, CONTEXT_DIM)):
+        x = base.sample((7,))
+        expected = call_and_ladj(reference.condition(batch), x)
+        y, ladj = call_and_ladj(conditional.condition(batch), x)
+        torch.testing.assert_close((y, ladj), expected)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.out.parameters())
+    assert {"hypernet.inner.weight"} <= conditional.state_dict().keys()
+
+
+def test_where_its_output_goes():
+    """Against the definition: the parameters in the order of named_parameters(), each shifted by its part."""
+    net = torch.nn.Linear(2, 6 + 3)
+    template = scatter(pf.Chain([pf.diagonal(3), pf.shift(3)]))
+    context = torch.randn(4, 2)
+    layer = pf.Conditional(template, 2, hypernet=net).condition(context)
+    shifts = net(context)
+    x = torch.randn(4, 3)
+    log_scale, bias, last = (p + s for p, s in zip(template.parameters(), shifts.split(3, -1), strict=True))
+    torch.testing.assert_close(layer(x), x * log_scale.exp() + bias + last)
+    # a start of one's own: the identity only where the network returns zeros
+    assert not torch.allclose(layer(x), template(x))
+    torch.nn.init.zeros_(net.weight)
+    torch.nn.init.zeros_(net.bias)
+    torch.testing.assert_close(pf.Conditional(template, 2, hypernet=net).condition(context)(x), template(x))
+
+
+class Shy(torch.nn.Module):
+    """Fails on the trial's zeros."""
+
+    def forward(self, context):
+        assert context.any()
+        return context
+
+
+def test_a_hypernetwork_of_another_size():
+    message = (
+        r"parameters of Diagonal .* 8 elements together, .* \(1, 2\) it must return the shape \(1, 8\), .* \(1, 7\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        pf.Conditional(pf.diagonal(4), 2, hypernet=torch.nn.Linear(2, 7))
+    with pytest.raises(ValueError, match=r"must return the shape \(1, 8\), but it returned tuple"):
+        pf.Conditional(pf.diagonal(4), 2, hypernet=torch.nn.LSTM(2, 8))
+    conditional = pf.Conditional(pf.diagonal(4), 2, hypernet=Shy())  # no trial is possible
+    with pytest.raises(ValueError, match=r"\(5, 2\) it must return the shape \(5, 8\), but it returned \(5, 2\)"):
+        conditional.condition(torch.ones(5, 2))
+    conditional = pf.Conditional(pf.diagonal(1), 2, hypernet=Shy())
+    assert conditional.condition(torch.ones(5, 2)).batch_shape == (5,)
+
+
+def test_what_is_no_hypernetwork():
+    for bad in (torch.tanh, torch.nn.Linear, [8, 8]):
+        with pytest.raises(TypeError, match="hypernet must be a module"):
+            pf.Conditional(pf.diagonal(4), 2, hypernet=bad)
+    with pytest.raises(ValueError, match=r"its network reads the context itself\. Leave out hypernet"):
+        pf.Conditional(pf.affine_coupling(4, context_dim=2), 2, hypernet=torch.nn.Linear(2, 8))
+
+
+def test_the_trial_leaves_no_trace():
+    net = Own(8)
+    state, generator = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    lazy = torch.nn.LazyLinear(8)
+    for own in (net, lazy):
+        pf.Conditional(pf.diagonal(4), 2, hypernet=own)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert net.training
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
+    assert isinstance(lazy.weight, torch.nn.UninitializedParameter)

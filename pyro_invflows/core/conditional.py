@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,14 +35,17 @@ class Conditional(nn.Module):
     coupling) is not amortised but takes the context as extra input, if it was built with ``context_dim``. Inside a
     ``Chain`` every part takes what it can; parts without parameters, and foreign ones, stay as they are.
 
-    At the start :math:`h = 0`: the conditioned layer is the template, whatever the context. A conditioned layer
-    carries one graph: condition again for the next backward pass.
+    At the start :math:`h = 0`: the conditioned layer is the template, whatever the context. That holds for the
+    hypernetwork that is built here; one of your own starts where you let it (end it with a layer of small or zero
+    weights). A conditioned layer carries one graph: condition again for the next backward pass.
 
     Args:
         template: A layer of this library.
         context_dim: Width of the context.
-        hidden_dims: Hidden widths of the hypernetwork.
+        hidden_dims: Hidden widths of the hypernetwork that is built where none is given.
         activation: Constructor of its activation.
+        hypernet: A hypernetwork of your own, any module from ``(*B, context_dim)`` to ``(*B, n)``; n is the number of
+            elements of the parameters that are set, which the error for another size names.
         event_dim: Event dimensions of the whole that the layer will stand in, where they are more than its own: 3 for a
             layer along the last axis, or an elementwise one, of an image flow. The context's batch dimensions stand
             in front of these. Inside a ``Chain`` template this is known.
@@ -51,10 +55,11 @@ class Conditional(nn.Module):
         its input.
 
     Raises:
-        TypeError: if the template is not a layer of this library.
+        TypeError: if the template is not a layer of this library, or the hypernetwork not a module.
         ValueError: if nothing in it can be conditioned, a parameter that a context would set is computed from others
             (by ``torch.nn.utils.parametrize``, ``prune`` or ``weight_norm``), or it was built with another
-            ``context_dim``; in ``condition`` for a context of another width.
+            ``context_dim``; if the hypernetwork's output has another size; in ``condition`` for a context of another
+            width.
 
     Example:
         >>> layer = Conditional(Orthogonal(3), 2)
@@ -71,6 +76,7 @@ class Conditional(nn.Module):
         *,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
+        hypernet: nn.Module | None = None,
         event_dim: int | None = None,
     ) -> None:
         super().__init__()
@@ -114,11 +120,11 @@ class Conditional(nn.Module):
                 "could set. Couplings take a context when built with context_dim=...; use layers without parameters, "
                 "and foreign transforms, as they are, next to layers that take the context."
             )
-        self.hypernet = (
-            dense_network(context_dim, hidden_dims, sum(sizes), activation=activation, zero_output=True)
-            if sizes
-            else None
-        )
+        if hypernet is not None:
+            self._check_hypernet(hypernet)
+        elif sizes:
+            hypernet = dense_network(context_dim, hidden_dims, sum(sizes), activation=activation, zero_output=True)
+        self.hypernet = hypernet
 
     inv = ConditionalTransformModule.inv
 
@@ -126,12 +132,45 @@ class Conditional(nn.Module):
         """Number of elements of each tensor that the hypernetwork sets."""
         return [shape.numel() for shapes in self._shapes.values() for shape in shapes.values()]
 
+    def _check_hypernet(self, hypernet: nn.Module) -> None:
+        """Refuse a hypernetwork that cannot be one, as far as a trial of a copy shows."""
+        kind = type(self.template).__name__
+        if not isinstance(hypernet, nn.Module):
+            raise TypeError(
+                "Conditional: hypernet must be a module, so that its parameters are trained with the layer's, but got "
+                f"{described(hypernet)}"
+            )
+        if not self._sizes():
+            raise ValueError(
+                f"Conditional: {kind} has no parameters of its own that a hypernetwork could set, because its network "
+                "reads the context itself. Leave out hypernet=..."
+            )
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                trial = copy.deepcopy(hypernet).eval()
+                like = next((p for p in trial.parameters() if p.is_floating_point()), torch.empty(()))
+                value = trial(like.new_zeros(1, self.context_dim))
+        except Exception:  # it may want what only a real context has; condition() checks again
+            return
+        self._check_output(value, torch.Size([1]))
+
+    def _check_output(self, value: Any, batch: torch.Size) -> None:
+        wanted = (*batch, sum(self._sizes()))
+        if not isinstance(value, Tensor) or value.shape != wanted:
+            given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"Conditional: the parameters of {type(self.template).__name__} that the hypernetwork sets have "
+                f"{wanted[-1]} elements together, so for a context of shape {(*batch, self.context_dim)} it must "
+                f"return the shape {wanted}, but it returned {given}."
+            )
+
     def condition(self, context: Tensor) -> Bijection:
         """Return the layer for a context ``(*B, context_dim)``.
 
         Raises:
             TypeError: if the context is not a floating point tensor.
-            ValueError: if its last dimension is not ``context_dim``, or the template has been parametrised or pruned.
+            ValueError: if its last dimension is not ``context_dim``, the hypernetwork's output has another size, or the
+                template has been parametrised or pruned.
         """
         if not isinstance(context, Tensor) or not context.is_floating_point():
             kind = context.dtype if isinstance(context, Tensor) else type(context).__name__
@@ -151,7 +190,9 @@ class Conditional(nn.Module):
         batch = context.shape[:-1]
         pieces: Iterator[Tensor] = iter(())
         if self.hypernet is not None:
-            pieces = iter(call_network(self.hypernet, context, owner="Conditional").split(self._sizes(), dim=-1))
+            value = call_network(self.hypernet, context, owner="Conditional")
+            self._check_output(value, batch)
+            pieces = iter(value.split(self._sizes(), dim=-1))
         values: dict[str, Tensor] = {}
         batch_shapes: dict[str, torch.Size] = {}
         for prefix, layer, extra in _layers(self.template, self._extra):
