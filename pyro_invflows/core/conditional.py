@@ -179,7 +179,7 @@ class Conditional(nn.Module):
             raise ValueError(
                 f"Conditional needs a context of shape (*B, {self.context_dim}), but got {tuple(context.shape)}."
             )
-        reference = next(self.parameters(), context)
+        reference = context if self.hypernet is None else next(self.hypernet.parameters(), context)
         if reference.dtype != context.dtype:
             if not is_any_autocast():
                 raise TypeError(

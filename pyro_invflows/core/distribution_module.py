@@ -22,7 +22,8 @@ class DistributionModule(nn.Module):
         self.kind = type(base)
         takes_flag = "validate_args" in inspect.signature(type(base).__init__).parameters
         self.unchecked = {"validate_args": False} if takes_flag else {}
-        self.validates = base._validate_args
+        #: Whether values are checked; None where the base leaves it to torch's default.
+        self.validates = vars(base).get("_validate_args")
         self.constants: dict[str, Any] = {}
         self.constraints: dict[str, constraints.Constraint] = {}
         self.names: list[str] = []
@@ -87,7 +88,7 @@ class DistributionModule(nn.Module):
         # The arguments were checked when the flow was built; checking them at each call costs more than a layer. Values
         # are checked as by the distribution that was given.
         rebuilt = self.kind(**arguments, **self.unchecked)  # type: ignore[arg-type]
-        rebuilt._validate_args = self.validates
+        rebuilt._validate_args = Distribution._validate_args if self.validates is None else self.validates
         return rebuilt
 
     def extra_repr(self) -> str:

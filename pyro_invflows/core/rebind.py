@@ -27,7 +27,7 @@ def rebind(
         batch_shapes: Batch shapes of the layers that receive a value, by their path, where they change.
         prefix: Path of ``layer`` in the names.
     """
-    new = copy.copy(layer)
+    new = layer.__copy__()  # what copy.copy calls, which the compiler does not look into
     for registry in ("_parameters", "_buffers", "_modules"):
         new.__dict__[registry] = dict(layer.__dict__[registry])
     new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)
