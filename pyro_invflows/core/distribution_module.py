@@ -23,7 +23,7 @@ class DistributionModule(nn.Module):
         takes_flag = "validate_args" in inspect.signature(type(base).__init__).parameters
         self.unchecked = {"validate_args": False} if takes_flag else {}
         #: Whether values are checked; None where the base leaves it to torch's default.
-        self.validates = vars(base).get("_validate_args")
+        self.validates = vars(_innermost(base)).get("_validate_args")
         self.constants: dict[str, Any] = {}
         self.constraints: dict[str, constraints.Constraint] = {}
         self.names: list[str] = []
@@ -97,9 +97,14 @@ class DistributionModule(nn.Module):
 
 def kind_of(distribution: Distribution) -> str:
     """Return the name of a distribution's class, for messages: of what stands inside ``.to_event(n)``."""
+    return type(_innermost(distribution)).__name__
+
+
+def _innermost(distribution: Distribution) -> Distribution:
+    """Return what stands inside ``.to_event(n)``."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
-    return type(distribution).__name__
+    return distribution
 
 
 def refuse_gradients(distribution: Distribution, owner: str, remedy: str) -> None:
