@@ -158,7 +158,8 @@ class Chain(Structure, nn.ModuleList):
             except (ValueError, RuntimeError) as error:
                 where = "the input" if previous is None else f"part {previous} ({self.parts[previous].label})"
                 raise ValueError(f"Chain: part {i} ({part.label}) does not fit {where}: {error}") from error
-            sizes = {axis: n for axis, n in sizes.items() if axis >= -event_dim}
+            # what lies in front of an event may be another axis to the next part; -1 is the same to elementwise ones
+            sizes = {axis: n for axis, n in sizes.items() if axis >= -max(event_dim, 1)}
             previous = i
         return sizes
 
