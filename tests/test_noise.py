@@ -432,18 +432,18 @@ def test_sample_score_raises_on_anything_but_its_own_sample(wrap):
     y = d.rsample((5,))
     log_prob = d.log_prob(y)
     for other in (y.clone(), y.detach(), y[:3], torch.zeros(5, 1, dtype=F64), y + 0):
-        with pytest.raises(ValueError, match="nothing but the last point"):
+        with pytest.raises(ValueError, match="only the last point"):
             d.log_prob(other)
     if wrap != "list":
         torch.testing.assert_close(d.log_prob(y), log_prob)  # its own sample can be scored again
-        with pytest.raises(ValueError, match="nothing but the last point"), torch.no_grad():
+        with pytest.raises(ValueError, match="only the last point"), torch.no_grad():
             d.log_prob(y)
     y = d.rsample((5,))
     d.rsample((5,))
-    with pytest.raises(ValueError, match="nothing but the last point"):
+    with pytest.raises(ValueError, match="only the last point"):
         d.log_prob(y)  # no longer the last one
     y = d.rsample((5,))
-    with pytest.raises(ValueError, match="nothing but the last point"):
+    with pytest.raises(ValueError, match="only the last point"):
         copy.deepcopy(d).log_prob(y)
     if isinstance(d, pf.FlowDistribution):
         with pytest.raises(ValueError, match="num_particles must be 1"):
@@ -464,7 +464,7 @@ def test_known_limit_a_sample_score_does_not_see_the_base_or_the_neighbours_in_a
         with torch.no_grad():
             parts[0].log_scale.add_(0.1)
         if chained:
-            with pytest.raises(ValueError, match="nothing but the last point"):
+            with pytest.raises(ValueError, match="only the last point"):
                 d.log_prob(y)
         else:
             d.log_prob(y)
@@ -818,7 +818,7 @@ def test_latents_refuse_what_they_cannot_restore():
     chain = pf.Chain([named])
     for latents, message in [
         ({"a": torch.zeros(2, dtype=F64)}, r"latents\['base'\]"),
-        ({"base": y, "b": y}, "nothing is called b"),
+        ({"base": y, "b": y}, "keys .*, but got b"),
         ({"base": y, "a": torch.zeros(3, dtype=F64)}, r"events of shape \(2,\), but got the shape \(3,\)"),
     ]:
         with pytest.raises(ValueError, match=message):

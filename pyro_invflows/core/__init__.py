@@ -1,6 +1,6 @@
-"""What every layer and structure is made of; knows no family.
+"""Base classes, structures and distributions, independent of any family of layers.
 
-The structures are imported here, so that the door knows each of them.
+The structures are imported here so that :func:`~pyro_invflows.core.foreign.as_bijection` knows all of them.
 """
 
 from pyro_invflows.core import chain, inverted, reinterpreted

@@ -1,8 +1,8 @@
 """The base class of every layer.
 
 A layer is a :class:`torch.distributions.Transform` **and** a :class:`torch.nn.Module`. Its author writes three
-hooks (:class:`Bijection`), or fewer with the classes of :mod:`pyro_invflows.core.kinds`; shapes, checks, copies and
-the memo (:mod:`pyro_invflows.core.memo`) belong to the base class.
+hooks (:class:`Bijection`), or fewer with the classes of :mod:`pyro_invflows.core.kinds`. The base class provides
+shapes, checks, copies and the memo (:mod:`pyro_invflows.core.memo`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Bijection(TransformModule):
 
     **How to write one**: define the three hooks below, and check the layer with
     :func:`~pyro_invflows.testing.check_bijection`. ``aux`` is whatever makes the log-det cheap (a scale, a slope, a
-    factorisation), or ``None``. Sampling alone never computes a log-det; a log-det after either direction never
-    evaluates a network again; an author never sees a missing aux.
+    factorisation), or ``None``. Sampling alone never computes a log-det. A log-det after a pass in either direction
+    reuses the aux of that pass and evaluates no network again. ``_log_det`` always receives an aux.
 
     **Must define**::
 
@@ -45,24 +45,25 @@ class Bijection(TransformModule):
 
     **May override**:
 
-    * ``domain``, ``codomain``: constraints, where they are not all real vectors; ``sign``, where it is known.
-    * ``bijective``, ``exact``: False where the layer is not one-to-one, or its log-det is an estimate or a bound.
-    * ``conditionable``, ``amortised``: whether, and which of, its own parameters a hypernetwork may set.
-    * :meth:`_aux`: the aux when only x and y are known; by default that of the forward pass at x.
+    * ``domain``, ``codomain``: constraints, if they are not all real vectors; ``sign``, if it is known.
+    * ``bijective``, ``exact``: False if the layer is not one-to-one, or if its log-det is an estimate or a bound.
+    * ``conditionable``, ``amortised``: whether a hypernetwork may set the layer's own parameters, and which ones.
+    * :meth:`_aux`: the aux when only x and y are known; by default, the aux of a forward pass at x.
     * :meth:`_check`: further checks of an input; call ``super()._check(value, inverse)`` first.
-    * :meth:`trace_event`: where the event shape changes, or more is known about it than ``input_dim``.
-    * :meth:`reset_parameters`: restores the start, constants included; every layer with parameters of its own has one.
-    * ``fit(data)``: sets what comes from data; returns self.
-    * ``extra_repr``, ``_apply``, ``_load_from_state_dict``, as in any module; call ``super()``.
+    * :meth:`trace_event`: if the event shape changes, or more is known about it than ``input_dim``.
+    * :meth:`reset_parameters`: restores the initial state, constants included. Every layer with parameters of its own
+      has one.
+    * ``fit(data)``: sets what is computed from data; returns self.
+    * ``extra_repr``, ``_apply``, ``_load_from_state_dict``: as in any module; call ``super()``.
 
     An author may call :meth:`log_det_shape`, :meth:`check_event`, ``batch_shape``, ``forward_shape``,
     ``inverse_shape``, and :func:`~pyro_invflows.core.events.sum_rightmost`.
 
     **For structures only**, which are made of other layers: see :class:`~pyro_invflows.core.structure.Structure`. They
     define :meth:`named_parts` and :meth:`leaves`, override ``batch_shape``, ``_shape`` and ``_copied_state``, and call
-    :meth:`evaluate` and :meth:`evaluate_inverse` of their parts. ``draws_forward`` and ``draws_inverse`` name the
-    directions in which a pass draws noise; ``opaque`` says that the memo cannot see all that the layer depends on;
-    ``label`` is the layer's name in error messages.
+    :meth:`evaluate` and :meth:`evaluate_inverse` of their parts. ``draws_forward`` and ``draws_inverse`` say in which
+    directions a pass draws noise; ``opaque`` says that the layer depends on more than the memo can see; ``label`` is
+    the layer's name in error messages.
 
     **Never override**: ``__call__``, ``forward``, ``_call``, ``_inverse``, ``_inv_call``, ``log_abs_det_jacobian``,
     ``call_and_ladj``, ``inv_and_ladj``, ``with_cache``, ``__getstate__``.
@@ -70,52 +71,52 @@ class Bijection(TransformModule):
     ======================================  =============  ========================  ======================
     method                                  checks         memo                      log-det
     ======================================  =============  ========================  ======================
-    ``layer(x)``                            x              asked, then filled        no
-    ``layer.inv(y)``                        y              asked, then filled        no
-    ``log_abs_det_jacobian(x, y)``          x, on a miss   asked and used up         of the forward map
-    ``call_and_ladj(x)``                    x, on a miss   asked and used up         of the forward map
-    ``inv_and_ladj(y)``                     y, on a miss   asked and used up         of the inverse map
-    ``evaluate(x)``, ``evaluate_inverse``   x or y         no                        no, but its aux
+    ``layer(x)``                            x              read, then filled         no
+    ``layer.inv(y)``                        y              read, then filled         no
+    ``log_abs_det_jacobian(x, y)``          x, on a miss   read and used up          of the forward map
+    ``call_and_ladj(x)``                    x, on a miss   read and used up          of the forward map
+    ``inv_and_ladj(y)``                     y, on a miss   read and used up          of the inverse map
+    ``evaluate(x)``, ``evaluate_inverse``   x or y         no                        only its aux
     hooks                                   no             no                        ``_log_det`` only
     ======================================  =============  ========================  ======================
 
-    A layer's tensors are its ``parameters()`` and ``buffers()``, always: the memo, recomputation and ``.to()``
-    look nowhere else. Its mathematics broadcasts over leading batch dimensions of its own parameters, which is
-    what lets :class:`~pyro_invflows.Conditional` amortise it.
+    All tensors of a layer must be parameters or buffers: the memo, recomputation and ``.to()`` look nowhere else. Its
+    computations must broadcast over leading batch dimensions of its own parameters, so that
+    :class:`~pyro_invflows.Conditional` can amortise it.
 
-    **The memo.** The last evaluation is remembered and may answer the opposite direction once, for the very same
-    tensor object, while nothing it depends on has changed: parameters, buffers, ``requires_grad``, modes, autocast,
-    tensor versions, the steps of any optimiser. The log-det uses it up; a sample that is never scored stays until the
-    next call or ``clear_cache()``.
+    **The memo.** A layer remembers its last evaluation. The entry may answer a call in the opposite direction, for the
+    very same tensor object, as long as nothing that it depends on has changed: parameters, buffers, ``requires_grad``,
+    modes, autocast, tensor versions, the steps of any optimiser. The log-det uses the entry up; a sample that is never
+    scored stays in memory until the next call or ``clear_cache()``.
 
-    Apart from rounding (what half precision or a saturated activation lost) and from sub-networks that are random
-    (dropout), no value depends on whether the memo was warm. What autograd can see does: ``t.inv(y)`` of a ``y`` that
-    this layer just produced returns the very ``x`` it came from, whose graph does not pass through ``y`` (as with
-    torch's own cache), so that a derivative with respect to that ``y`` silently lacks this path. Differentiate with
-    respect to ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring, or use ``cache_size=0``. The
-    one known hole: an in-place edit through ``.data`` between sampling and scoring the same tensor object cannot be
-    seen.
+    Apart from rounding (in half precision, or where an activation saturates) and from random sub-networks (dropout),
+    no value depends on whether the memo was warm. The autograd graph does: ``t.inv(y)`` of a ``y`` that this layer has
+    just produced returns the very ``x`` it came from, whose graph does not pass through ``y`` (as with torch's own
+    cache), so that a derivative with respect to that ``y`` silently lacks this path. To get it, differentiate with
+    respect to ``y.detach().requires_grad_()``, call ``y.retain_grad()`` before scoring, or use ``cache_size=0``. There
+    is one known gap: an in-place edit through ``.data`` between sampling and scoring the same tensor object goes
+    unnoticed.
 
     Args:
-        input_dim: Event size along ``dim``; ``None`` accepts any size.
-        dim: The (negative) axis that the layer acts along; it sets the event dimension.
-        cache_size: 1 remembers the last evaluation, 0 nothing.
+        input_dim: Size of an event along ``dim``; ``None`` accepts any size.
+        dim: The (negative) axis that the layer acts along; it determines the number of event dimensions.
+        cache_size: 1 to remember the last evaluation, 0 to remember nothing.
     """
 
     bijective = True
-    #: Whether the log-det is exact and repeatable (estimators and bounds say False).
+    #: Whether the log-det is exact and repeatable; False for an estimate or a bound.
     exact = True
     #: Whether a hypernetwork may set the layer's parameters (see Conditional).
     conditionable = True
-    #: The layer's own parameters that it may set; None for all of them.
+    #: Names of the layer's own parameters that a hypernetwork may set; None for all of them.
     amortised: tuple[str, ...] | None = None
-    #: Directions in which a pass draws noise. There the memo never answers, or a density would depend on whether it was
-    #: warm; it may still serve the log-det.
+    #: Whether a pass in this direction draws noise. If so, the memo does not answer it, or a density would depend on
+    #: whether the memo was warm; the memo may still serve the log-det.
     draws_forward = False
     draws_inverse = False
     #: Whether the layer depends on more than its parameters and buffers; then nothing is remembered.
     opaque = False
-    #: Event size along ``dim`` that is required of the input; None where any size will do.
+    #: Size that an event must have along ``dim``; None if any size will do.
     input_dim: int | None = None
     dim: int = -1
 
@@ -153,7 +154,7 @@ class Bijection(TransformModule):
         return self.evaluate(x)[1]
 
     def _check(self, value: Tensor, inverse: bool) -> None:
-        """Refuse, at almost no cost, a value that cannot be an event of this layer."""
+        """Raise an error, at almost no cost, if a value cannot be an event of this layer."""
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             self._refuse_kind(value)
         for own in (self._parameters, self._buffers):
@@ -170,7 +171,7 @@ class Bijection(TransformModule):
         """Follow known event sizes ``{negative axis: size}`` through the layer.
 
         Raises:
-            ValueError: if a known size is not the one that the layer needs.
+            ValueError: if a known size differs from the one that the layer needs.
         """
         sizes = dict(sizes)
         if self.input_dim is not None:
@@ -183,11 +184,11 @@ class Bijection(TransformModule):
         return sizes
 
     def reset_parameters(self) -> None:
-        """Restore the start: that of a newly built layer, with new draws where these are drawn.
+        """Restore the initial state, that of a newly built layer; random initial values are drawn anew.
 
-        By default that of all parts and sub-networks: a module in them that has a ``reset_parameters`` is in charge of
-        all that it holds, any other is searched for such modules. Parameters of foreign modules without one keep their
-        values.
+        By default, this resets all parts and sub-networks: a module with a ``reset_parameters`` is responsible for all
+        that it holds; any other module is searched for such modules. Parameters of foreign modules without one keep
+        their values.
         """
         if any(parameter is not None for parameter in self._parameters.values()):
             raise NotImplementedError(
@@ -207,7 +208,7 @@ class Bijection(TransformModule):
         """Check the event part of an input's ``shape`` and return the event shape of the output.
 
         Raises:
-            ValueError: if there are too few dimensions, or one has another size than the layer needs.
+            ValueError: if there are too few dimensions, or if a size differs from the one that the layer needs.
         """
         event_dim = (self.codomain if inverse else self.domain).event_dim
         if len(shape) < event_dim:
@@ -219,7 +220,7 @@ class Bijection(TransformModule):
             return ()
         other = (self.domain if inverse else self.codomain).event_dim
         plain = type(self).trace_event is Bijection.trace_event and other == event_dim
-        if plain and self.input_dim in (None, shape[self.dim]):  # most layers; a Flow asks at each call
+        if plain and self.input_dim in (None, shape[self.dim]):  # most layers; a Flow asks in every call
             return tuple(shape[-event_dim:])
         sizes = self.trace_event({i - event_dim: n for i, n in enumerate(shape[-event_dim:])}, inverse)
         return tuple(sizes[i] for i in range(-other, 0))
@@ -246,14 +247,14 @@ class Bijection(TransformModule):
     # ------------------------------------------------------------------ for structures
 
     def named_parts(self) -> Iterator[tuple[str, Bijection, int]]:
-        """Yield the layers that a structure is made of: attribute, layer, and its extra dimensions.
+        """Yield the parts of a structure: attribute name, layer, and number of extra dimensions.
 
-        These count as event dimensions to the whole and as batch dimensions to the part.
+        Extra dimensions are event dimensions of the whole but batch dimensions of the part.
         """
         return iter(())
 
     def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
-        """Yield the layers at the bottom of a structure, in the order of a pass, each with its own direction."""
+        """Yield the innermost layers of a structure, in the order of a pass, each with whether it runs inverted."""
         yield self, inverse
 
     @property
@@ -262,20 +263,20 @@ class Bijection(TransformModule):
         return type(self).__name__
 
     def evaluate(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Return y and aux, checked, without a look at the memo."""
+        """Check x and return y and the aux; the memo is neither read nor filled."""
         return self._run(self._forward_aux, x, inverse=False)
 
     def evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Any]:
-        """Return x and aux, checked, without a look at the memo."""
+        """Check y and return x and the aux; the memo is neither read nor filled."""
         return self._run(self._inverse_aux, y, inverse=True)
 
     def _refuse_kind(self, value: Any) -> NoReturn:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        if isinstance(value, int):  # what Pyro's guides call an init_transform_fn with
+        if isinstance(value, int):  # Pyro's guides call an init_transform_fn with an int
             raise TypeError(
-                f"{type(self).__name__} needs a floating point tensor, but got the int {value}. Where a function is "
-                "wanted that builds a layer from its size, give that function and not a layer, for example "
-                "partial(stack, 4, affine_coupling)."
+                f"{type(self).__name__} needs a floating point tensor, but got the int {value}. If an argument is "
+                "meant to be a function that builds a layer from its size, pass the function and not a layer, for "
+                "example partial(stack, 4, affine_coupling)."
             )
         raise TypeError(
             f"{type(self).__name__} needs a floating point tensor, but got {kind}. Convert it first, for example with "
@@ -292,14 +293,14 @@ class Bijection(TransformModule):
         )
 
     def _run(self, hook: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Any]:
-        """Check ``value`` and run a hook; a dtype clash inside a sub-network is named, not left to a matmul."""
+        """Check ``value`` and run a hook; name the parameter if dtypes clash inside a sub-network."""
         self._check(value, inverse)
-        if self._forward_pre_hooks:  # run by the module's own call alone, which inverses and log-dets are not
+        if self._forward_pre_hooks:  # these run only when the module is called, not for inverses and log-dets
             compute_tensors(self)
         if torch.compiler.is_compiling():
             return hook(value)
         try:
-            if self.__dict__.get("_pyro_samples"):  # all reads in one evaluation see one draw
+            if self.__dict__.get("_pyro_samples"):  # all reads within one evaluation must see the same draw
                 with self._pyro_context:
                     result = hook(value)
             else:
@@ -313,9 +314,9 @@ class Bijection(TransformModule):
                         except TypeError as clearer:
                             raise clearer from error
             raise
-        if not isinstance(result, tuple) or len(result) != 2:  # a batch of two would be unpacked without a word
+        if not isinstance(result, tuple) or len(result) != 2:  # a batch of two rows would be unpacked silently
             name = "_inverse_aux must return (x, aux)" if inverse else "_forward_aux must return (y, aux)"
-            raise TypeError(f"{type(self).__name__}.{name}, with aux None where there is none.")
+            raise TypeError(f"{type(self).__name__}.{name}; return None as the aux if there is none.")
         return result
 
     # ------------------------------------------------------------------ never override
@@ -347,7 +348,7 @@ class Bijection(TransformModule):
         return self.evaluate_inverse(y)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``log|det dy/dx|``, of the broadcast of the batch shapes of the input and the parameters."""
+        """Return ``log|det dy/dx|``, whose shape is the broadcast of the batch shapes of input and parameters."""
         entry = memo.recall_pair(self, x, y)
         if entry is not None:
             self._memo = None
@@ -400,13 +401,13 @@ class Bijection(TransformModule):
         return new
 
     def _copied_state(self) -> dict[str, Any]:
-        """Return the attributes that a copy takes over."""
+        """Return the attributes that a copy starts with."""
         return self.__dict__ | {"_inv": None, "_memo": None, "_kept": None}
 
     def __getstate__(self) -> dict[str, Any]:
         return self._copied_state()
 
-    # Written out: torch.nn.utils.parametrize makes the __getstate__ of the modules that it changes refuse.
+    # Written out, because torch.nn.utils.parametrize makes __getstate__ raise on the modules that it changes.
     def __copy__(self) -> Bijection:
         new = type(self).__new__(type(self))
         new.__dict__.update(self._copied_state())
@@ -432,11 +433,11 @@ class Bijection(TransformModule):
 
 
 class InverseView(_InverseTransform):
-    """What ``layer.inv`` is: torch's inverse transform, with the two one-pass methods."""
+    """The type of ``layer.inv``: torch's inverse transform, with the two one-pass methods."""
 
     _inv: Any
 
-    def __init__(self, layer: Bijection) -> None:  # at each use, hence without the parents' constructors
+    def __init__(self, layer: Bijection) -> None:  # made at each use, hence without the parents' constructors
         self._inv, self._cache_size = layer, layer._cache_size
 
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -448,5 +449,5 @@ class InverseView(_InverseTransform):
         return self._inv.call_and_ladj(x)
 
     def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
-        """Yield the layers at the bottom, as :meth:`Bijection.leaves`."""
+        """Yield the innermost layers, as :meth:`Bijection.leaves` does."""
         return self._inv.leaves(not inverse)

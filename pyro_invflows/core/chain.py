@@ -1,4 +1,4 @@
-"""Chains of layers, and repeated layers. Knows no family."""
+"""Chains of layers, and chains of repeated layers."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ __all__ = ["Chain", "stack"]
 class Chain(Structure, nn.ModuleList):
     """Applies layers from left to right, as one layer.
 
-    The parts may be ours or foreign transforms, modules or not; composes and chains inside are flattened. Each
-    part is evaluated once in a forward or inverse pass, log-det included.
+    The parts may be layers of this library or foreign transforms, modules or not; nested chains and
+    ``ComposeTransform`` are flattened. A forward or inverse pass evaluates each part once, log-det included.
 
-    **Forward**, **Inverse**: the parts', in turn. **Log-det**: the sum, from the same pass.
+    **Forward**, **Inverse**: those of the parts, in turn. **Log-det**: the sum over the parts, from the same pass.
     **Identity**: the empty chain.
 
     Args:
-        parts: Transforms, first one first. ``layer.inv`` is taken as ``Inverted(layer)`` where it has parameters.
-        recompute: Keep no activations for the backward pass, but rebuild them there by inverting part by part:
-            memory no longer grows with depth, a training step takes about half as long again. First derivatives
-            only. The log-det is computed with every pass. The backward pass raises
-            :class:`~pyro_invflows.errors.ReconstructionError` where rounding made the inversion lose the input.
-            Under ``torch.func``, autocast, while compiling, and where a part
-            holds a trainable tensor that is not its own parameter or buffer, the plain path is taken.
+        parts: Transforms, in the order of the forward pass. ``layer.inv`` becomes ``Inverted(layer)``.
+        recompute: Keep no activations for the backward pass, but rebuild them by inverting the chain part by part:
+            memory no longer grows with depth, and a training step takes about 1.5 times as long. First derivatives
+            only. Every pass computes the log-det. The backward pass raises
+            :class:`~pyro_invflows.errors.ReconstructionError` if rounding keeps the inversion from recovering the
+            input. The option is ignored under ``torch.func`` and autocast, while compiling, and if a part holds a
+            trainable tensor that is neither a parameter nor a buffer.
 
     Shape:
-        What the parts make of it; event dimension as in ``ComposeTransform``.
+        As the parts determine; event dimensions as in ``ComposeTransform``. The log-det has the batch shape.
 
     Raises:
-        TypeError: if a part is not a transform (condition a conditional one first, or give it to ``Flow``).
-        ValueError: if neighbours do not fit, naming the pair; with ``recompute``, if a part changes the dimension
+        TypeError: if a part is not a transform (condition a conditional one first, or pass it to ``Flow``).
+        ValueError: if two neighbours do not fit, which are named; with ``recompute``, if a part changes the dimension
             or has no exact log-det.
 
-    Differs from ``ComposeTransform``: a module; one pass for y and log-det; shapes are checked when built.
+    Differs from ``ComposeTransform``: it is a module, takes one pass for y and log-det, and checks shapes when built.
 
     Example:
         >>> chain = Chain([Orthogonal(4), affine_coupling(4), Baird((4,))])
@@ -83,14 +83,14 @@ class Chain(Structure, nn.ModuleList):
                 if not part.bijective or not part.exact:
                     raise ValueError(
                         f"Chain(recompute=True) rebuilds activations by inversion, which {part.label} does not allow: "
-                        "it changes the dimension or has no exact log-det. Put it outside."
+                        "it changes the dimension or has no exact log-det. Put it outside this chain."
                     )
 
     # ------------------------------------------------------------------ a read-only list of parts
 
     @property
     def parts(self) -> tuple[Bijection, ...]:
-        """The parts, first one first."""
+        """The parts, in the order of the forward pass."""
         return tuple(self._modules.values())  # type: ignore[arg-type]
 
     def named_parts(self) -> Iterator[tuple[str, Bijection, int]]:
@@ -115,7 +115,7 @@ class Chain(Structure, nn.ModuleList):
         return True
 
     def _immutable(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("A Chain does not change its parts; build a new one: Chain([*chain, part]).")
+        raise TypeError("A Chain cannot be changed; build a new one: Chain([*chain, part]).")
 
     append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = __add__ = _immutable
 
@@ -135,8 +135,8 @@ class Chain(Structure, nn.ModuleList):
 
     @property
     def input_dim(self) -> int | None:  # type: ignore[override]
-        """Event size along ``dim`` that the parts require of the input; None where any size will do."""
-        # what is known behind the chain, and with that all that can be known in front of it
+        """Size that an event of the input must have along ``dim``; None if any size will do."""
+        # first what is known of the output, and from there all that can be known of the input
         return self.trace_event(self.trace_event({}), inverse=True).get(self.dim)
 
     @property
@@ -171,7 +171,7 @@ class Chain(Structure, nn.ModuleList):
     def _check(self, value: Tensor, inverse: bool) -> None:
         if not isinstance(value, Tensor):
             self._refuse_kind(value)
-        # each part checks its own input; only what no part sees is left
+        # each part checks its own input; here only the dimensions that no part sees
         event_dim = (self.codomain if inverse else self.domain).event_dim
         if value.dim() < event_dim:
             self.check_event(value.shape, inverse)
@@ -179,24 +179,24 @@ class Chain(Structure, nn.ModuleList):
     # ------------------------------------------------------------------ noise
 
     def latents(self, y: Tensor) -> dict[str, Tensor]:
-        """Return all the randomness that made ``y``, from ``y`` alone: ``{"base": z, name: e, ...}``.
+        """Return all latents of ``y``, computed from ``y`` alone: ``{"base": z, name: e, ...}``.
 
-        Each e is the noise that a :class:`~pyro_invflows.ConcatNoise` injected, coloured as it was. Together with
-        :meth:`from_latents` this is a bijection; the elements of all latents are as many as those of y.
+        Each e is the noise that a :class:`~pyro_invflows.ConcatNoise` injected, exactly as it was injected (not
+        standardised). Together with :meth:`from_latents` this is a bijection: the latents have as many elements as y.
 
         Raises:
-            ValueError: if a ``ConcatNoise`` has no name or shares it, or if the chain holds a
-                :class:`~pyro_invflows.Slice`: what that dropped is not in y.
+            ValueError: if a ``ConcatNoise`` has no name, or that of another one; or if the chain holds a
+                :class:`~pyro_invflows.Slice`, because y does not contain what that dropped.
         """
         return noise.latents(self, y)
 
     def from_latents(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """Return the ``y`` that the latents make.
+        """Return the ``y`` that has these latents.
 
-        Side inputs: noise that is not given is drawn, so any part may be supplied; batch dimensions broadcast.
+        Noise that is not given is drawn, so it can also serve as a side input; batch dimensions broadcast.
 
         Raises:
-            ValueError: if ``"base"`` is missing, a name is unknown, or as in :meth:`latents`.
+            ValueError: if ``"base"`` is missing or a name is unknown; also as in :meth:`latents`.
         """
         return noise.from_latents(self, latents)
 
@@ -226,12 +226,12 @@ class Chain(Structure, nn.ModuleList):
         return y, steps[::-1]
 
     def _aux(self, x: Tensor, y: Tensor) -> Any:
-        # What lies between is rebuilt by the direction that draws nothing, or it would be of another sample.
+        # Intermediate values are rebuilt in the direction that draws no noise; the other would give another sample.
         if not self.draws_forward:
             if not self._bounded or self.draws_inverse or self.only_own_sample:
                 return super()._aux(x, y)
-            # Seen from x, every point on the way is within reach; only the way back from y tells whether y is. Where it
-            # is not, x stands for a border that recomputation could not find again.
+            # Starting from x, every value on the way is within reach; only the pass back from y shows whether y is. If
+            # not, x is the preimage of a boundary value, which recomputation might not recover: hence the plain pass.
             with torch.no_grad():
                 back, steps = self.evaluate_inverse(y)
                 unreachable = self._log_det(back, y, steps) == math.inf
@@ -240,12 +240,12 @@ class Chain(Structure, nn.ModuleList):
             return self.evaluate_inverse(y)[1]
         raise ValueError(
             "Chain: the log-det of a chain that both injects and drops noise is known only for the last point that it "
-            "sampled or inverted: what was dropped is not in y, what was injected not in x. Use call_and_ladj, "
+            "sampled or inverted: y does not contain what was dropped, nor x what was injected. Use call_and_ladj, "
             "inv_and_ladj or a distribution's log_prob."
         )
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
-        if isinstance(aux, Tensor):  # it is known already
+        if isinstance(aux, Tensor):  # recompute() has computed it already
             return aux
         total: Tensor | None = None
         for (_, part, extra), (part_x, part_y, part_aux) in zip(self.named_parts(), aux, strict=True):
@@ -267,13 +267,13 @@ stands_for(ComposeTransform, lambda transform: Chain(transform.parts))
 
 
 def _widen(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:
-    """Return a constraint on events with more dimensions."""
+    """Extend a constraint to events with ``event_dim`` dimensions."""
     extra = event_dim - constraint.event_dim
     return constraints.independent(constraint, extra) if extra else constraint
 
 
 def _adds_nothing(part: Bijection, x: Tensor, extra: int, total: Tensor | None) -> bool:
-    """Whether a part's log-det is zeros that would not even broadcast the sum so far."""
+    """Whether adding a part's log-det would change neither the values nor the shape of the sum so far."""
     if total is None or not isinstance(part, VolumePreserving):
         return False
     shape = part.log_det_shape(x)
@@ -281,7 +281,7 @@ def _adds_nothing(part: Bijection, x: Tensor, extra: int, total: Tensor | None) 
 
 
 def _flatten(parts: Iterable[Transform]) -> Iterator[Bijection]:
-    """Yield the parts as layers; chains inside are dissolved, but for those that recompute."""
+    """Yield the parts as layers; nested chains are flattened, except those that recompute."""
     if isinstance(parts, Transform) and not isinstance(parts, (Chain, ComposeTransform)):
         raise TypeError("Chain needs a list of transforms, not a single one; write Chain([transform]).")
     if not isinstance(parts, (Iterable, ComposeTransform)):
@@ -309,13 +309,12 @@ def stack(
         repeats: Number of layers.
         factory: Called once for each layer.
         *args: Passed to the factory, usually ``input_dim``.
-        between: Makes a layer that stands between two of these, ``repeats - 1`` in all. It is called with ``*args``
-            alone, as in ``stack(4, affine_coupling, 8, between=permute)``.
+        between: Builds the layer between each two of these, ``repeats - 1`` in all. It is called with ``*args`` only,
+            as in ``stack(4, affine_coupling, 8, between=permute)``.
         **kwargs: Passed to the factory.
 
     Raises:
-        TypeError: if ``repeats`` is not an int, or ``factory`` or ``between`` a layer or anything else that cannot be
-            called.
+        TypeError: if ``repeats`` is not an int, or if ``factory`` or ``between`` is a layer or is not callable.
         ValueError: if ``repeats`` is below 1.
 
     Example:

@@ -10,7 +10,7 @@ from torch.distributions import Distribution, Independent, constraints, transfor
 
 __all__ = ["DistributionModule", "kind_of", "refuse_gradients"]
 
-#: Arguments that say the same thing; the first that a distribution has is kept.
+#: Arguments that are alternatives to each other; only one of each set is kept.
 _ALTERNATIVES = ({"scale_tril", "covariance_matrix", "precision_matrix"}, {"logits", "probs"})
 
 
@@ -40,8 +40,8 @@ class DistributionModule(nn.Module):
     def _refusal(base: Distribution) -> str:
         return (
             f"Flow cannot rebuild its base, a {type(base).__name__}, from its arguments. Use a distribution whose "
-            "constructor takes what its arg_constraints name (Normal, StudentT, Uniform, MultivariateNormal, ...), "
-            "made independent with .to_event(n), or use TransformedDistribution."
+            "constructor takes the arguments in its arg_constraints (Normal, StudentT, Uniform, MultivariateNormal, "
+            "...), made independent with .to_event(n), or use TransformedDistribution."
         )
 
     def _read(self, base: Distribution, trainable: bool) -> None:
@@ -85,8 +85,8 @@ class DistributionModule(nn.Module):
             if name in self.constraints:
                 value = transform_to(self.constraints[name])(value)
             arguments[name] = value() if isinstance(value, DistributionModule) else value
-        # The arguments were checked when the flow was built; checking them at each call costs more than a layer. Values
-        # are checked as by the distribution that was given.
+        # The arguments were checked when the flow was built; checking them in each call would cost more than a layer.
+        # Values are checked if the given distribution checks them.
         rebuilt = self.kind(**arguments, **self.unchecked)  # type: ignore[arg-type]
         rebuilt._validate_args = Distribution._validate_args if self.validates is None else self.validates
         return rebuilt
@@ -96,24 +96,24 @@ class DistributionModule(nn.Module):
 
 
 def kind_of(distribution: Distribution) -> str:
-    """Return the name of a distribution's class, for messages: of what stands inside ``.to_event(n)``."""
+    """Return the name of a distribution's class for error messages, ignoring ``.to_event(n)``."""
     return type(_innermost(distribution)).__name__
 
 
 def _innermost(distribution: Distribution) -> Distribution:
-    """Return what stands inside ``.to_event(n)``."""
+    """Return the distribution inside ``.to_event(n)``."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     return distribution
 
 
 def refuse_gradients(distribution: Distribution, owner: str, remedy: str) -> None:
-    """Refuse a distribution whose tensors require gradients where it will be copied: the copies would be trained.
+    """Refuse to copy a distribution whose tensors require gradients: they would never be trained.
 
     Args:
-        distribution: What is about to become a module.
-        owner: Name used in the message.
-        remedy: What to do instead, for the message.
+        distribution: The distribution to be copied into a module.
+        owner: Name used in error messages.
+        remedy: What to do instead, for the error message.
 
     Raises:
         TypeError: if a tensor of it, or of the distributions inside it, requires gradients.

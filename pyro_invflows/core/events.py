@@ -1,4 +1,4 @@
-"""Events: the constraint they stand for, the axis a layer acts along, sums over them, points out of reach."""
+"""Helpers for events: their constraints and axes, sums over them, and points out of reach."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def negative_axis(dim: int, owner: str) -> int:
     dim = integer(dim, "dim", owner)
     if not -4 <= dim <= -1:
         raise ValueError(
-            f"{owner}: dim must be between -4 and -1, but got {dim}. It counts from the right and sets the "
-            "event: -1 for vectors, -3 for the channels of (C, H, W)."
+            f"{owner}: dim must be between -4 and -1, but got {dim}. It counts from the right and determines "
+            "the event: -1 for vectors, -3 for the channels of (C, H, W)."
         )
     return dim
 
@@ -41,18 +41,19 @@ def sum_rightmost(value: Tensor, count: int) -> Tensor:
 
 
 def is_constant(constraint: constraints.Constraint) -> bool:
-    """Whether a constraint holds no tensors, which a layer would exchange when it is moved or loaded."""
+    """Whether a constraint holds no tensors, which a layer would replace when it is moved or loaded."""
     inner = getattr(constraint, "base_constraint", None)
     return (inner is None or is_constant(inner)) and not any(isinstance(v, Tensor) for v in vars(constraint).values())
 
 
 def out_of_reach(y: Tensor, codomain: constraints.Constraint) -> Tensor | None:
-    """Return where ``y`` lies outside the closed ``codomain`` by more than rounding; None if that has no bounds.
+    """Return a mask of the elements of ``y`` outside the closed ``codomain``; None if the codomain has no bounds.
 
-    Half of the digits count as rounding: ``sqrt(eps)`` of the dtype (3e-4 in float32, 1e-8 in float64), times half the
-    width of an interval or times ``|bound|`` of a half-line. A layer that saturates puts its samples on the border, and
-    the layers behind it return them with an error that grows with their number, the size of an event (1000 eps behind
-    four rotations of 64 elements) and the tolerance of solvers (``eps ** 0.75``). A NaN is not out of reach.
+    Outside means by more than rounding, for which half of the digits are allowed: ``sqrt(eps)`` of the dtype (3e-4 in
+    float32, 1e-8 in float64), times half the width of an interval or ``|bound|`` of a half-line. A layer that saturates
+    puts samples on the boundary, and inverting the layers behind it brings them back with an error that grows with the
+    number of layers, the size of an event (1000 eps behind four rotations of 64 elements) and the tolerance of solvers
+    (``eps ** 0.75``). A NaN is not out of reach.
     """
     lower: Any = getattr(codomain, "lower_bound", None)
     upper: Any = getattr(codomain, "upper_bound", None)
@@ -68,10 +69,10 @@ def out_of_reach(y: Tensor, codomain: constraints.Constraint) -> Tensor | None:
 
 
 def event_dims(parts: Sequence[Transform]) -> list[int]:
-    """Count the event dimensions of a whole in front of each of its parts, and behind the last.
+    """Return the number of event dimensions of a composition in front of each part, and behind the last.
 
-    The fewest with which no part has more than the whole. The difference to a part's own is what counts as batch
-    dimensions to the part and as event dimensions to the whole: over these its log-det is summed.
+    They are the smallest numbers with which no part has more event dimensions than the whole. Where the whole has more
+    than a part, the extra dimensions are batch dimensions of the part, and its log-det is summed over them.
     """
     changes = [part.codomain.event_dim - part.domain.event_dim for part in parts]
     gained = list(accumulate(changes, initial=0))

@@ -25,24 +25,32 @@ __all__ = ["Flow"]
 class Flow(nn.Module):
     """A base distribution and layers as one module.
 
-    ``flow()`` is the distribution, ``flow(context)`` (or ``flow.condition(context)``) the conditioned one. The
-    base's arguments become buffers, or parameters, so that ``.to()``, ``.parameters()``, ``state_dict()`` and
+    ``flow()`` returns the distribution, ``flow(context)`` (or ``flow.condition(context)``) the conditioned one. The
+    base's arguments become buffers or parameters, so that ``.to()``, ``.parameters()``, ``state_dict()`` and
     ``pyro.module`` act on the whole.
 
     Args:
-        base: The base distribution. It is rebuilt at each call from its arguments (:attr:`arg_constraints`), also
-            inside ``Independent`` and mixtures. On the meta device, where torch has no values to check, make it with
+        base: The base distribution. Each call rebuilds it from its arguments (``arg_constraints``), also inside
+            ``Independent`` and mixtures. On the meta device, which holds no values to validate, build it with
             ``validate_args=False``.
-        transforms: Transforms and conditional transforms, the one next to the base first.
+        transforms: Transforms and conditional transforms, beginning with the one next to the base.
         trainable_base: Make the base's arguments parameters of the flow, in unconstrained form. They start as copies
             of the base's values.
 
+    Attributes:
+        base: Module that holds the base's arguments under their own names, as buffers, or as unconstrained parameters
+            if ``trainable_base``.
+        transforms: The layers: a :class:`Chain`, or a ``ModuleList`` if one of them is conditional.
+
+    Shape:
+        Samples ``(*B, *E)``, where E is an event of the last layer; the log-density is ``(*B,)``.
+
     Raises:
-        TypeError: if the base is not a distribution or cannot be rebuilt from its arguments, if these require gradients
-            and ``trainable_base`` is not set (the flow holds copies, so that the caller's tensors would never be
-            trained), or if a part is not a transform.
+        TypeError: if the base is not a distribution or cannot be rebuilt from its arguments; if these require gradients
+            and ``trainable_base`` is not set (the flow holds copies, so the caller's tensors would never be trained);
+            or if a part is not a transform.
         ValueError: if the base is discrete; if base and layers do not fit; if a context is given to a flow without
-            conditional parts, or missing in one with them.
+            conditional parts, or missing for a flow with them.
 
     Example:
         >>> flow = Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [Orthogonal(3), affine_coupling(3)])
@@ -82,7 +90,7 @@ class Flow(nn.Module):
             self.transforms = nn.ModuleList(parts)
         else:
             self.transforms = parts[0] if len(parts) == 1 and isinstance(parts[0], Chain) else Chain(parts)
-            # Base and layers fit, or this says so. Its shapes serve every call: torch's constructor walks them anew.
+            # This raises if base and layers do not fit. The shapes are kept: torch's constructor would recompute them.
             base_now = self.base()
             _check_event(base_now, self.transforms)
             whole = FlowDistribution(base_now, [self.transforms])
@@ -90,7 +98,7 @@ class Flow(nn.Module):
                 self._shapes = whole.batch_shape, whole.event_shape
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
-        """Return the distribution, conditioned where a context is given."""
+        """Return the distribution, conditioned if a context is given."""
         if context is not None:
             return self.condition(context)
         if self.is_conditional:
@@ -116,8 +124,8 @@ class Flow(nn.Module):
         if not self.is_conditional:
             raise ValueError(
                 "This Flow has no conditional part, so it takes no context: call flow(). A layer becomes conditional "
-                "as Conditional(layer, context_dim), or by its factory conditional_...(); context_dim=... alone will "
-                "not do."
+                "as Conditional(layer, context_dim), or by its factory conditional_...(); context_dim=... alone is "
+                "not enough."
             )
         chain = Chain(
             part.condition(context) if isinstance(part, ConditionalTransform) else cast(Transform, part)
@@ -135,10 +143,11 @@ class Flow(nn.Module):
             ) from error
         if d.batch_shape != torch.broadcast_shapes(context.shape[:-1], d.batch_shape):
             raise ValueError(
-                f"Flow: for a context with the batch shape {tuple(context.shape[:-1])} the distribution has "
-                f"{tuple(d.batch_shape)}: a conditional part has fewer event dimensions than the whole (build it with "
-                f"Conditional(..., event_dim={len(d.event_shape)})), or is a foreign one that does not say which batch "
-                "it was conditioned on (use the conditional_* factories here)."
+                f"Flow: the batch shape of the distribution must include that of the context, "
+                f"{tuple(context.shape[:-1])}, but is {tuple(d.batch_shape)}. Either a conditional part has fewer event "
+                f"dimensions than the whole (build it with Conditional(..., event_dim={len(d.event_shape)})), or it is "
+                "a foreign one that does not report the batch shape of its context (use a conditional_* factory of "
+                "this library)."
             )
         return d
 
@@ -148,7 +157,7 @@ class Flow(nn.Module):
         return super().__getattr__(name)
 
     def reset_parameters(self) -> None:
-        """Restore the start of all layers. The base, also a trainable one, keeps its arguments, which were given."""
+        """Restore the initial state of all layers. The base keeps its arguments, even if they are trainable."""
         restart(self.transforms)
 
     def clear_cache(self) -> None:
@@ -160,12 +169,12 @@ class Flow(nn.Module):
 
 
 def _check_base(base: Any, trainable: bool) -> None:
-    """Refuse a base that layers cannot transform, or whose tensors a copy would cut off."""
+    """Refuse a base that layers cannot transform, or whose tensors require gradients that a copy would not get."""
     if not isinstance(base, Distribution):
         raise TypeError(f"Flow: expected a distribution as the base, got {type(base).__name__}.")
     try:
         discrete = base.support.is_discrete  # type: ignore[union-attr]
-    except (NotImplementedError, AttributeError):  # a distribution need not say what its support is
+    except (NotImplementedError, AttributeError):  # a distribution need not define its support
         discrete = False
     if discrete:
         raise ValueError(
@@ -177,7 +186,7 @@ def _check_base(base: Any, trainable: bool) -> None:
             base,
             "Flow",
             "Flow(base, ..., trainable_base=True) learns copies of its own; TransformedDistribution(base, ...) keeps "
-            "the tensors that it is given.",
+            "the tensors that it was given.",
         )
 
 

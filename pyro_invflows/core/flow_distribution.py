@@ -1,4 +1,4 @@
-"""A distribution that scores, and samples and scores, in one pass through its layers."""
+"""A distribution that scores in one pass through its layers, and also samples and scores in one pass."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ __all__ = ["FlowDistribution"]
 class FlowDistribution(TransformedDistribution):
     """A ``TransformedDistribution`` that evaluates every layer once to score, and once to sample and score.
 
-    It gives the same numbers as ``TransformedDistribution`` wherever the density is exact, and has its constructor.
+    It has the constructor of ``TransformedDistribution``, and gives the same numbers wherever the density is exact.
 
-    ``kl_divergence`` of two of them is that of their bases where both have the same layers (the same objects), injected
-    noise included. It raises ``NotImplementedError`` where a layer drops elements: what was dropped counts in the
-    bases, not in the flows. (torch's rule for a plain ``TransformedDistribution`` does not look for such layers.)
+    If two of them have the same layers (the same objects), their ``kl_divergence`` is that of their bases; layers that
+    inject noise are allowed. It raises ``NotImplementedError`` if a layer drops elements, because these count in the
+    divergence of the bases but not in that of the flows. (torch's rule for a plain ``TransformedDistribution`` does not
+    check for such layers.)
 
     Example:
         >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
@@ -50,13 +51,13 @@ class FlowDistribution(TransformedDistribution):
     def log_prob(self, value: Tensor, *, num_particles: int = 1) -> Tensor:
         """Return the log-density of ``value`` ``(*S, *B, *E)``, of shape ``(*S, *B)``.
 
-        Where a :class:`~pyro_invflows.Slice` makes it a lower bound, ``num_particles`` draws of what was dropped
-        tighten it: their log-mean-exp (Burda et al. 2016). Where a layer estimates its log-det, that many estimates are
-        averaged. Elsewhere it changes nothing.
+        If a :class:`~pyro_invflows.Slice` makes it a lower bound, the log-mean-exp over ``num_particles`` draws of the
+        dropped elements tightens the bound (Burda et al. 2016). If a layer estimates its log-det, that many estimates
+        are averaged. Otherwise ``num_particles`` has no effect.
 
         Raises:
-            ValueError: if ``num_particles`` is below 1, or above it with ``Slice(score="sample")``, or with both a
-                ``Slice`` and an estimated log-det, whose log-mean-exp would be no bound.
+            ValueError: if ``num_particles`` is below 1; if it is above 1 with ``Slice(score="sample")``, or with both a
+                ``Slice`` and an estimated log-det, because the log-mean-exp of estimates is not a bound.
         """
         if self._validate_args:
             self._validate_sample(value)
@@ -66,13 +67,13 @@ class FlowDistribution(TransformedDistribution):
         flags = [noise_flags(layer) for layer in self._layers()]
         if any(flag.only_own_sample for flag in flags):
             raise ValueError(
-                'log_prob: Slice(score="sample") knows one value of what it dropped, so num_particles must be 1.'
+                'log_prob: num_particles must be 1 with Slice(score="sample"), which keeps one draw of what it dropped.'
             )
         draws, estimates = any(flag.draws_inverse for flag in flags), any(map(_estimates, self._layers()))
         if draws and estimates:
             raise ValueError(
-                "log_prob: a Slice needs the log-mean-exp of its particles, an estimated log-det their mean; with "
-                "both, num_particles must be 1. Take logdet.Exact() for the bound."
+                "log_prob: num_particles must be 1 with both a Slice and an estimated log-det: one needs the "
+                "log-mean-exp of the particles, the other their mean. Use logdet.Exact() to get the bound."
             )
         if not (draws or estimates):
             return self._score(value)
@@ -80,15 +81,15 @@ class FlowDistribution(TransformedDistribution):
         scores = self._score(value.expand(num_particles, *shape))
         if not draws:
             return scores.mean(0)
-        # A row whose particles are all out of reach: the gradient of its logsumexp would be NaN.
+        # If all particles of a row are out of reach, the gradient of their logsumexp would be NaN.
         lost = (scores == -math.inf).all(0)
         mean = scores.masked_fill(lost, 0.0).logsumexp(0) - math.log(num_particles)
         return mean.masked_fill(lost, -math.inf)
 
     def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Draw a reparametrised sample and return it with its log-density, at one evaluation a layer.
+        """Draw a reparametrised sample and return it with its log-density, in one evaluation per layer.
 
-        With ``Slice(score="data")`` the score draws afresh, as :meth:`log_prob` does.
+        With ``Slice(score="data")`` scoring draws the dropped elements afresh, as :meth:`log_prob` does.
         """
         shape = _checked(sample_shape, "rsample_and_log_prob")
         if any(noise_flags(layer).draws_inverse for layer in self._layers()):
@@ -103,14 +104,14 @@ class FlowDistribution(TransformedDistribution):
         return value, total
 
     def modules(self) -> Iterator[nn.Module]:
-        """Iterate over all modules of the transforms, and of the base where it holds any, each once."""
+        """Iterate over all modules of the transforms, and of the base if it holds any, each once."""
         holder = nn.ModuleList(_modules(self))
         return (module for module in holder.modules() if module is not holder)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over all parameters of :meth:`modules`, each once.
 
-        The base's arguments are tensors here; those that a ``Flow`` learns are among ``flow.parameters()``.
+        The base's arguments are plain tensors here; those that a ``Flow`` learns are in ``flow.parameters()``.
         """
         return nn.ModuleList(_modules(self)).parameters()
 
@@ -126,9 +127,9 @@ class FlowDistribution(TransformedDistribution):
         return [with_one_pass(transform) for transform in self.transforms]
 
     def _steps(self) -> tuple[list[tuple[Bijection | InverseView, int]], int]:
-        """Return the layers, each with its extra dimensions, and those of the base.
+        """Return the layers, each with its number of extra dimensions, and the extra dimensions of the base.
 
-        They count as event dimensions to the whole and as batch dimensions to the part.
+        Extra dimensions are event dimensions of the whole but batch dimensions of the part.
         """
         layers = self._layers()
         counts = event_dims(layers)
@@ -138,14 +139,14 @@ class FlowDistribution(TransformedDistribution):
 
 
 def _checked(sample_shape: Any, owner: str) -> torch.Size:
-    """Check a sample shape: a number is not one."""
+    """Check a sample shape, which must not be a number."""
     if hasattr(sample_shape, "__index__"):
         raise TypeError(f"{owner}: sample_shape must be a tuple, such as ({sample_shape},), but got {sample_shape!r}.")
     return torch.Size(sample_shape)
 
 
 def _estimates(layer: Bijection | InverseView) -> bool:
-    """Whether some layer's log-det is an estimate."""
+    """Whether the log-det of a layer, or of one inside it, is an estimate."""
     return any(not isinstance(leaf, NoiseInjection) and not leaf.exact for leaf, _ in layer.leaves())
 
 
@@ -176,16 +177,16 @@ def _modules(distribution: Distribution) -> Iterator[nn.Module]:
 @register_kl(FlowDistribution, Transformed)
 @register_kl(Transformed, FlowDistribution)
 def _kl(p: Transformed, q: Transformed) -> Tensor:
-    """Return the divergence of the bases, which bijections leave as it is.
+    """Return the divergence of the bases, which bijections do not change.
 
-    So does injected noise e, the same on both sides: it adds E KL(r(e|x) || r(e|x)) = 0. Dropping elements can only
-    lower the divergence, by an unknown amount.
+    Nor does injected noise e, which has the same distribution on both sides: it adds E KL(r(e|x) || r(e|x)) = 0.
+    Dropping elements can only lower the divergence, by an unknown amount.
     """
     remedy = "Estimate it: x = p.sample((n,)); (p.log_prob(x) - q.log_prob(x)).mean()."
     shared, others = ([leaf for t in d.transforms for leaf in with_one_pass(t).leaves()] for d in (p, q))
     if (p.transforms != q.transforms and shared != others) or p.event_shape != q.event_shape:
         raise NotImplementedError(
-            f"kl_divergence of two flows is known where both consist of the same layers (the same objects). {remedy}"
+            f"kl_divergence of two flows is known only if both have the same layers (the same objects). {remedy}"
         )
     for leaf, inverse in shared:
         if isinstance(leaf, NoiseInjection):

@@ -1,8 +1,8 @@
-"""The door: any transform of torch's or Pyro's becomes a layer, once, where it enters.
+"""Conversion of any torch or Pyro transform to a layer, once, where it enters the library.
 
-torch's own wrappers become the structures here, around what they hold: each structure says which it stands for
-(:func:`stands_for`). Any other transform becomes a :class:`Foreign` layer. Behind the door nobody asks
-again what kind of transform something is.
+torch's own wrappers are replaced by structures of this library around the same contents; each structure registers the
+wrapper that it replaces (:func:`stands_for`). Any other transform becomes a :class:`Foreign` layer. Code behind this
+door handles layers only, and never asks again what kind of transform it has.
 """
 
 from __future__ import annotations
@@ -57,36 +57,41 @@ def as_bijection(transform: Any, owner: str = "as_bijection") -> Bijection:
     return Foreign(transform)
 
 
-#: torch's wrappers, and what builds the structure that stands for each.
+#: torch's wrappers, each with the function that builds the structure in its place.
 _STRUCTURES: dict[type[Transform], Callable[[Any], Bijection]] = {}
 
 
 def stands_for(wrapper: type[Transform], build: Callable[[Any], Bijection]) -> None:
-    """Let a structure stand for one of torch's wrappers."""
+    """Register the function that builds the structure in place of one of torch's wrappers."""
     _STRUCTURES[wrapper] = build
 
 
 class Foreign(Bijection):
-    """A transform of torch's or Pyro's, as a layer.
+    """A torch or Pyro transform, as a layer.
 
-    Its modules are registered, its tensors are buffers. It is evaluated on a shallow copy, so that its own one-value
-    cache, which knows neither of changed parameters nor of gradients, never answers and is never filled.
+    Its modules are registered, and its tensors become buffers. Each evaluation uses a shallow copy, so that the
+    transform's own one-value cache, which knows nothing of changed parameters or of gradient modes, is neither read nor
+    filled.
 
-    What it holds besides modules, tensors, numbers and constraints (a closure, say) cannot be seen. Then nothing is
-    remembered of it, nor of what holds it, and :class:`~pyro_invflows.Chain` does not recompute; its ``repr`` says so.
+    Contents other than modules, tensors, numbers and constraints (a closure, say) cannot be inspected. In that case
+    neither this layer nor a structure that holds it remembers anything, and :class:`~pyro_invflows.Chain` does not
+    recompute; the ``repr`` says so.
 
-    **Forward**, **Inverse**, **Log-det**: the transform's; where it has no inverse, that raises what it raises. A y
-    outside a codomain that is an interval or a half-line has the log-det +inf: torch's SigmoidTransform clamps it.
+    **Forward**, **Inverse**, **Log-det**: those of the transform; if it has no inverse, its own error is raised. If
+    the codomain is an interval or a half-line, a y outside it has the log-det +inf: torch's SigmoidTransform clamps it.
 
     Args:
-        transform: The transform. A module is shared; of any other a copy is kept.
+        transform: The transform. A module is shared; any other transform is copied.
         cache_size: As in :class:`~pyro_invflows.Bijection`.
+
+    Shape:
+        That of the transform; the log-det has the shape that the transform gives it.
     """
 
     def __init__(self, transform: Transform, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         self._held: Any = None  # a transform that is not a module
-        self._tensors: dict[str, str] = {}  # its attribute -> buffer
+        self._tensors: dict[str, str] = {}  # attribute of the transform -> name of the buffer
         if isinstance(transform, nn.Module):
             self.transform = transform
         else:
@@ -152,12 +157,12 @@ class Foreign(Bijection):
 
     @property
     def input_dim(self) -> int | None:  # type: ignore[override]
-        """Event size that Pyro's layers require; None where it is not known."""
+        """Event size that a Pyro layer requires; None if it is not known."""
         size: Any = getattr(self._inner, "input_dim", None)
         return operator.index(size) if is_int(size) else None
 
     def _check(self, value: Tensor, inverse: bool) -> None:
-        if not isinstance(value, Tensor):  # the dtype is the transform's own affair
+        if not isinstance(value, Tensor):  # the dtype is left to the transform
             self._refuse_kind(value)
         event_dim = (self.codomain if inverse else self.domain).event_dim
         if value.dim() < event_dim or (event_dim == 1 and self.input_dim not in (None, value.shape[-1])):
@@ -167,7 +172,7 @@ class Foreign(Bijection):
         return torch.Size((self._inner.inverse_shape if inverse else self._inner.forward_shape)(shape))
 
     def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
-        """Follow known event sizes; what cannot be known is forgotten."""
+        """Follow known event sizes through the transform; sizes that it may change are dropped."""
         inner = self._inner
         if isinstance(inner, ReshapeTransform):
             here, there = (inner.out_shape, inner.in_shape) if inverse else (inner.in_shape, inner.out_shape)
@@ -189,7 +194,7 @@ class Foreign(Bijection):
         keeps = Transform.inverse_shape if inverse else Transform.forward_shape
         return sizes if getattr(method, "__func__", None) is keeps else {}
 
-    # The aux is the copy that was evaluated: Pyro's layers remember there what their log-det needs.
+    # The aux is the copy that was evaluated, on which Pyro's layers store what their log-det needs.
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Any]:
         own = self._copy()
@@ -228,19 +233,19 @@ def _without_cache(transform: Any) -> Any:
     return own
 
 
-#: What any module and any transform has besides its contents.
+#: Attributes that any module or transform has besides its contents.
 _OWN_ATTRIBUTES = {*vars(nn.Module()), "_cache_size", "_inv"}
 
 
 def _contents(transform: Transform) -> Iterator[tuple[str, Any]]:
-    """Yield what a transform holds outside of registered modules, by attribute."""
+    """Yield the contents of a transform other than registered modules, by attribute."""
     for name, value in vars(transform).items():
         if name not in _OWN_ATTRIBUTES and not name.startswith("_cached"):
             yield name, value
 
 
 def _is_plain(value: Any, owner: Transform) -> bool:
-    """Whether a value holds nothing that could change and that the owner has not registered."""
+    """Whether a value holds nothing that could change unnoticed by its owner."""
     if isinstance(value, list | tuple):
         return all(_is_plain(item, owner) for item in value)
     if isinstance(value, MethodType):
@@ -252,7 +257,7 @@ def _is_plain(value: Any, owner: Transform) -> bool:
 
 
 def _modules_in(value: Any) -> Iterator[nn.Module]:
-    """Yield the modules in a list of transforms, as torch's CatTransform and StackTransform hold."""
+    """Yield the modules in a list of transforms, such as torch's CatTransform and StackTransform hold."""
     for item in value if isinstance(value, list | tuple) else ():
         if isinstance(item, nn.Module):
             yield item

@@ -21,14 +21,17 @@ __all__ = ["Inverted"]
 class Inverted(Structure):
     """The inverse of a layer, as a layer: a module with the same parameters.
 
-    torch's ``layer.inv`` is no module, so its parameters miss the optimiser and ``.to()``. Use this one inside a
+    torch's ``layer.inv`` is not a module, so optimisers and ``.to()`` miss its parameters. Use this class inside a
     :class:`Chain`, a module or a guide.
 
-    **Forward**: the layer's inverse. **Inverse**: its forward. **Log-det**: minus the layer's. **Identity**: where
-    the layer is.
+    **Forward**: the layer's inverse pass. **Inverse**: its forward pass. **Log-det**: minus that of the layer.
+    **Identity**: where the layer is.
 
     Args:
-        layer: Any transform; one of this library keeps its one-pass evaluation.
+        layer: Any transform; a layer of this library keeps its one-pass evaluation.
+
+    Shape:
+        That of the layer, with input and output exchanged; the log-det has the batch shape, as that of the layer.
 
     Raises:
         TypeError: if it is not a transform.
@@ -68,7 +71,7 @@ class Inverted(Structure):
 
     @property
     def input_dim(self) -> int | None:  # type: ignore[override]
-        """Event size along ``dim`` that is required of the input; None where any size will do."""
+        """Size that an event must have along ``dim``; None if any size will do."""
         return self.layer.trace_event({}).get(self.dim)
 
     @property

@@ -1,4 +1,4 @@
-"""Kinds of layers that leave their author less to write: elementwise, volume preserving, with a context."""
+"""Base classes that leave an author less to write: elementwise, volume-preserving, and with a context."""
 
 from __future__ import annotations
 
@@ -18,20 +18,27 @@ __all__ = ["ContextLayer", "Elementwise", "VolumePreserving"]
 
 
 class Elementwise(Bijection):
-    """A layer that acts on each element alone: event dimension 0.
+    """A layer that acts on each element separately: event dimension 0.
 
-    An author writes the function, its inverse and the log of its slope. Parameters have the ``shape`` given to
-    the constructor, which broadcasts against the input from the right.
+    A subclass defines the function, its inverse and the log of its slope. Its parameters have the ``shape`` given to
+    the constructor, which broadcasts with the input from the right.
 
-    Where the function is not onto the real line, ``codomain`` says so, as an interval or a half-line. A y outside it
-    cannot be reached and has density 0: its log-det is +inf, whatever ``_log_slope`` says (see
-    :func:`~pyro_invflows.core.events.out_of_reach` for what counts as outside). ``_inverse_function`` gives it a finite
-    x all the same, with a finite gradient: it clamps y to the codomain first.
+    If the function does not map onto the real line, ``codomain`` is an interval or a half-line. A y outside it cannot
+    be reached and has density 0: its log-det is +inf, whatever ``_log_slope`` returns (see
+    :func:`~pyro_invflows.core.events.out_of_reach` for what counts as outside). ``_inverse_function`` must still return
+    a finite x with a finite gradient, by clamping y to the codomain first.
+
+    Args:
+        shape: Shape of the parameters.
+        cache_size: As in :class:`Bijection`.
+
+    Shape:
+        Any shape that broadcasts with ``shape``, for input, output and log-det alike.
     """
 
     domain: constraints.Constraint = constraints.real
     codomain: constraints.Constraint = constraints.real
-    sign = +1  # the functions here are increasing
+    sign = +1  # unless a subclass says otherwise
 
     def __init__(self, shape: int | Iterable[int] = (), *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
@@ -53,7 +60,7 @@ class Elementwise(Bijection):
     def _log_slope(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _log_slope(x, y) -> log|dy/dx|.")
 
-    # The aux is whether y was given: what the function returned need not be looked at.
+    # The aux is whether y was given; a y that the function returned need not be checked.
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, bool]:
         return self._function(x), False
@@ -109,7 +116,7 @@ class Elementwise(Bijection):
 
 
 class VolumePreserving(Bijection):
-    """A layer with |det dy/dx| = 1. An author writes ``_function`` and ``_inverse_function`` only."""
+    """A layer with ``|det dy/dx| = 1``. A subclass defines only ``_function`` and ``_inverse_function``."""
 
     def _function(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _function(x) -> y.")
@@ -131,14 +138,14 @@ class VolumePreserving(Bijection):
 
 
 class ContextLayer(Bijection):
-    """A layer that hands the context on to a sub-network, as further inputs.
+    """A layer whose sub-network takes the context as additional inputs.
 
-    The parameters of a sub-network are many, and no hypernetwork sets them: instead the network reads the context
-    itself. :class:`~pyro_invflows.Conditional` puts it into the buffer ``context``. While the layer is not conditioned,
-    the network gets zeros in its place.
+    A sub-network has too many parameters for a hypernetwork to set, so it reads the context itself.
+    :class:`~pyro_invflows.Conditional` stores the context in the buffer ``context``. While the layer is not
+    conditioned, the network receives zeros instead.
 
-    An author builds the sub-network with ``context_dim`` more inputs, and calls it with :meth:`with_context` of its
-    other input, or calls :meth:`context_of` where the network takes the context by itself.
+    A subclass builds the sub-network with ``context_dim`` additional inputs and calls it on ``with_context(value)``. A
+    network that takes the context as an argument of its own receives ``context_of(value)``.
 
     Args:
         input_dim: As in :class:`Bijection`.
@@ -169,7 +176,7 @@ class ContextLayer(Bijection):
         return context.expand(*batch, self.context_dim)
 
     def with_context(self, value: Tensor) -> Tensor:
-        """Return a value ``(*S, n, *spatial)`` and the context behind it: ``(*batch, n + context_dim, *spatial)``."""
+        """Append the context to a value ``(*S, n, *spatial)``, as ``(*batch, n + context_dim, *spatial)``."""
         if not self.context_dim:
             return value
         context = self.context_of(value)

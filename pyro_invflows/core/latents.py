@@ -1,7 +1,6 @@
-"""What changes the dimension of an event: the interface of such layers, and the walks that restore their noise.
+"""The interface of layers that inject or drop noise, and the functions that recover the noise from an output.
 
-A structure is read off as a flat list of leaves (:meth:`~pyro_invflows.Bijection.leaves`), each with the direction that
-it is run in.
+A structure is read as a flat list of leaves (:meth:`~pyro_invflows.Bijection.leaves`), each with its own direction.
 """
 
 from __future__ import annotations
@@ -15,35 +14,35 @@ from pyro_invflows.core.bijection import Bijection, InverseView
 
 __all__ = ["ONLY_OWN_SAMPLE", "NoiseInjection", "from_latents", "is_exact", "latents", "noise_flags"]
 
-#: Why a point cannot be inverted.
+#: Text of the error for a point that cannot be inverted.
 ONLY_OWN_SAMPLE = (
-    'Slice(score="sample") scores nothing but the last point that it, or the chain that holds it, sampled itself, as '
-    "the same tensor, in the same gradient mode and with the same parameters: of any other point it does not know what "
-    'was dropped. Use score="data" for data.'
+    'Slice(score="sample") can score only the last point that it, or the chain that holds it, sampled itself: the same '
+    "tensor, in the same gradient mode and with the same parameters. For any other point it does not know what was "
+    'dropped. Use score="data" for data.'
 )
 
 
 class NoiseInjection(Bijection):
-    """A layer that draws noise forwards and drops it backwards; what the walks need to know of it."""
+    """The interface of a layer that draws noise in its forward pass and drops it in its inverse pass."""
 
     bijective = False
     draws_forward = True
     #: Key of the noise in ``latents``.
     name: str | None = None
-    #: How the inverse of this layer is scored where it stands inverted: a fresh draw, or only its own sample.
+    #: How the inverted layer is scored: ``"data"``, by a fresh draw; ``"sample"``, only on its own last sample.
     score: str = "data"
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what was given and the noise that was injected, from the output."""
+        """Split an output into the input and the noise that was injected."""
         raise NotImplementedError
 
     def join(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Return the output for a given noise."""
+        """Return the output for a given input and noise."""
         raise NotImplementedError
 
 
 def is_exact(layer: Bijection) -> bool:
-    """Whether a layer's log-det is exact and repeatable: no estimator, and no noise dropped forwards."""
+    """Whether a layer's log-det is exact and repeatable: no estimate, and nothing dropped in the forward pass."""
     return not any((isinstance(leaf, NoiseInjection) and inverse) or not leaf.exact for leaf, inverse in layer.leaves())
 
 
@@ -56,7 +55,7 @@ class NoiseFlags(NamedTuple):
 
 
 def noise_flags(layer: Bijection | InverseView) -> NoiseFlags:
-    """Return whether a layer draws noise forwards, backwards, or refuses anything but its own sample.
+    """Return whether a layer draws noise forwards, draws noise backwards, and can score only its own sample.
 
     Raises:
         ValueError: if it drops some noise with ``score="data"`` and some with ``score="sample"``.
@@ -66,20 +65,21 @@ def noise_flags(layer: Bijection | InverseView) -> NoiseFlags:
     if len(scores) > 1:
         raise ValueError(
             'A chain cannot hold both Slice(score="data") and Slice(score="sample"): one bounds the density from '
-            "below, the other from above, so that together they bound nothing. Use the same score."
+            "below, the other from above, so that together they bound nothing. Use the same score for all."
         )
     return NoiseFlags(any(not inverse for _, inverse in noisy), "data" in scores, "sample" in scores)
 
 
 def _named(layer: Bijection) -> list[str]:
-    """Return the names of the noise that a layer injects, all checked."""
+    """Check the names of the noise that a layer injects, and return them."""
     names = []
     for leaf, inverse in layer.leaves():
         if not isinstance(leaf, NoiseInjection):
             continue
         if inverse:
             raise ValueError(
-                "latents: the chain holds a Slice. What that drops is not in y, so it cannot be restored from it."
+                "latents: every latent must be a function of y, but the chain holds a Slice, which drops some. Leave "
+                "the Slice out."
             )
         if leaf.name is None:
             raise ValueError(
@@ -93,7 +93,7 @@ def _named(layer: Bijection) -> list[str]:
 
 
 def latents(layer: Bijection, y: Tensor) -> dict[str, Tensor]:
-    """Return all the randomness that made ``y``: the point of the base and each injected noise, by name."""
+    """Return the latents of ``y`` by name: the point of the base and each injected noise."""
     _named(layer)
     found: dict[str, Tensor] = {}
     for leaf, inverse in layer.leaves(inverse=True):
@@ -106,13 +106,13 @@ def latents(layer: Bijection, y: Tensor) -> dict[str, Tensor]:
 
 
 def from_latents(layer: Bijection, given: Mapping[str, Tensor]) -> Tensor:
-    """Return the ``y`` that these latents make; noise that is not given is drawn."""
+    """Return the ``y`` that has these latents; noise that is not given is drawn."""
     names = _named(layer)
     if "base" not in given:
         raise ValueError("from_latents needs latents['base'], the point of the base distribution.")
     unknown = sorted(set(given) - {"base", *names})
     if unknown:
-        raise ValueError(f"from_latents: nothing is called {', '.join(unknown)}; the noise here is {names}.")
+        raise ValueError(f"from_latents: expected the keys 'base' and any of {names}, but got {', '.join(unknown)}.")
     y = given["base"]
     for leaf, inverse in layer.leaves():
         if isinstance(leaf, NoiseInjection) and leaf.name in given:

@@ -1,12 +1,13 @@
-"""The memo: one remembered evaluation a layer, what it may answer, and when it is stale.
+"""The memo: one remembered evaluation per layer, which calls it may answer, and when it is stale.
 
 torch and Pyro ask for ``t.inv(y)`` and ``t.log_abs_det_jacobian(x, y)`` in separate calls, and variational inference
 scores the sample it just drew. Without a memo each step would evaluate every network again. The memo is only ever a
 cache: no result depends on whether it was warm.
 
-A layer holds one immutable entry in its attribute ``_memo``, read once into a local: a second thread can at worst miss
-it. The entry answers the opposite direction and the log-det, for the very same tensor objects, while its stamp, which
-holds everything that an evaluation depends on besides its input, is that of the present.
+A layer holds one immutable entry in its attribute ``_memo``. Each look-up reads the attribute once, so that a second
+thread can cause a miss at worst. The entry may answer a call in the opposite direction and the log-det, for the very
+same tensor objects, as long as its stamp is current: the stamp holds everything that an evaluation depends on besides
+its input.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Entry(NamedTuple):
 
 
 def recall(layer: Any, value: Tensor, direction: str) -> Entry | None:
-    """Return the entry that knows what ``value`` becomes in ``direction``, if there is one."""
-    if torch.compiler.is_compiling():  # asked first, before a tensor or an attribute is touched
+    """Return the entry that answers a call on ``value`` in ``direction``, or None."""
+    if torch.compiler.is_compiling():  # checked first, before a tensor or an attribute is touched
         return None
     entry = layer._memo
     if entry is None or entry.direction == direction or not entry.answers:
@@ -60,7 +61,7 @@ def recall(layer: Any, value: Tensor, direction: str) -> Entry | None:
 
 
 def recall_pair(layer: Any, x: Tensor, y: Tensor) -> Entry | None:
-    """Return the entry of the pair, whichever of the two was computed from the other."""
+    """Return the entry of the pair, whichever of the two was computed from the other, or None."""
     if torch.compiler.is_compiling():
         return None
     entry = layer._memo
@@ -76,12 +77,12 @@ def remember(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answers
     """Remember an evaluation.
 
     Args:
-        layer: Whose.
-        x: Its input.
-        y: Its output.
+        layer: The layer that was evaluated.
+        x: The input of its forward map.
+        y: The output of its forward map.
         aux: What its log-det needs.
-        direction: Which of the two was computed from the other.
-        answers: Whether it may answer for the opposite direction, besides the log-det.
+        direction: ``FORWARD`` if y was computed from x, ``INVERSE`` if x was computed from y.
+        answers: Whether the entry may answer a call in the opposite direction, and not only the log-det.
     """
     if torch.compiler.is_compiling():
         return
@@ -90,7 +91,7 @@ def remember(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answers
 
 
 def new_entry(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answers: bool = True) -> Entry | None:
-    """Return a stamped entry, or None where it could not be told when it is stale."""
+    """Return a stamped entry, or None if one could not tell when it is stale."""
     if torch.compiler.is_compiling() or in_functorch() or saves_through_hooks():
         return None
     if _optimiser_steps is None:
@@ -100,11 +101,11 @@ def new_entry(layer: Any, x: Tensor, y: Tensor, aux: Any, direction: str, answer
 
 
 def is_fresh(layer: Any, entry: Entry) -> bool:
-    """Whether evaluating again would give the same."""
+    """Whether evaluating again would give the same result."""
     if torch.compiler.is_compiling() or in_functorch() or saves_through_hooks():
         return False
     if (entry.y if entry.direction == FORWARD else entry.x).retains_grad:
-        return False  # the caller wants the gradient of what it asks about, which the answer's graph bypasses
+        return False  # the caller wants the gradient of this tensor, which the graph of the entry bypasses
     stamp = _stamp(layer, entry.x, entry.y)
     return (
         stamp is not None
@@ -115,13 +116,13 @@ def is_fresh(layer: Any, entry: Entry) -> bool:
 
 
 def _stamp(layer: Any, x: Tensor, y: Tensor) -> Stamp | None:
-    """Return the stamp of the present, or None where it cannot be known."""
+    """Return the current stamp, or None if it cannot be determined."""
     if layer.opaque:
         return None
     kept = layer._kept
     if kept is None:
         # Walking parameters() costs several times more than reading the dicts of a kept list of modules.
-        # Not the layer itself: a cycle would keep every conditioned copy alive until the garbage collector runs.
+        # Without the layer itself: a cycle would keep every conditioned copy alive until the garbage collector runs.
         modules = tuple(layer.modules())
         kept = layer._kept = modules[1:], tuple(child for m in modules for child in m._modules.values())
     tensors: list[Tensor | None] = []
@@ -138,15 +139,15 @@ def _stamp(layer: Any, x: Tensor, y: Tensor) -> Stamp | None:
             tensors += own.values()
         if own := attributes["_modules"]:
             children += own.values()
-        if attributes.get("_pyro_samples"):  # Bayesian: it draws its parameters anew
+        if attributes.get("_pyro_samples"):  # Bayesian: it draws its parameters anew in each evaluation
             return None
     if len(children) != len(kept[1]) or not all(map(operator.is_, children, kept[1])):
-        layer._kept = None  # a module was exchanged: list them again
+        layer._kept = None  # a module was replaced: list them again
         return _stamp(layer, x, y)
     try:
         flags += x._version, x.requires_grad, y._version, y.requires_grad
         for tensor in tensors:
-            if tensor is not None:  # .half() and other swaps of the data bump no version
+            if tensor is not None:  # .half() and other swaps of the data do not bump the version
                 flags += tensor._version, tensor.requires_grad, tensor.data_ptr()
     except RuntimeError:  # inference tensors have no version
         return None

@@ -14,14 +14,14 @@ __all__ = ["call_and_ladj", "inv_and_ladj", "with_one_pass"]
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """Evaluate any transform and the log-det of its Jacobian together.
 
-    The method of the same name, for foreign transforms too, and those inside torch's wrappers.
+    As the method of the same name, but also for foreign transforms and for layers inside torch's wrappers.
 
     Args:
         transform: Any torch ``Transform``.
         x: A point, or a batch of points, of its domain.
 
     Returns:
-        ``(y, log|dy/dx|)``.
+        ``y`` and ``log|det dy/dx|``; the log-det has the batch shape.
 
     Raises:
         TypeError: if ``transform`` is not a transform.
@@ -37,7 +37,7 @@ def inv_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
         y: A point, or a batch of points, of its codomain.
 
     Returns:
-        ``(x, log|dx/dy|)``: the negative of the forward log-det at x.
+        ``x`` and ``log|det dx/dy|``, which is minus the forward log-det at x; it has the batch shape.
 
     Raises:
         TypeError: if ``transform`` is not a transform.
@@ -46,5 +46,5 @@ def inv_and_ladj(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_one_pass(transform: Transform, owner: str = "with_one_pass") -> Bijection | InverseView:
-    """Return a transform that has the two methods; one that does not have them enters through the door."""
+    """Return the transform itself if it has the two methods, else the layer that ``as_bijection`` makes of it."""
     return transform if isinstance(transform, (Bijection, InverseView)) else as_bijection(transform, owner)

@@ -1,4 +1,4 @@
-"""Shallow copies of layers with other tensors in place of their own."""
+"""Shallow copies of layers in which other tensors replace their own."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["rebind", "settled"]
 def rebind(
     layer: Bijection, values: Mapping[str, Tensor], batch_shapes: Mapping[str, torch.Size] = {}, prefix: str = ""
 ) -> Bijection:
-    """Return a shallow copy with ``values`` as buffers in place of own tensors, here and in the parts.
+    """Return a shallow copy in which ``values``, as buffers, replace tensors of the layer and of its parts.
 
-    A copy, not ``functional_call``: that one swaps tensors on the shared layer, which is not thread-safe.
+    A copy instead of ``functional_call``, which swaps tensors on the shared layer and so is not thread-safe.
 
     Args:
-        layer: The layer; it is left alone.
-        values: Tensors by the name that ``named_parameters()`` and ``named_buffers()`` give them.
-        batch_shapes: Batch shapes of the layers that receive a value, by their path, where they change.
+        layer: The layer; it is not changed.
+        values: Tensors by the names that ``named_parameters()`` and ``named_buffers()`` give them.
+        batch_shapes: New batch shapes of layers that receive a value, by their path; the others keep theirs.
         prefix: Path of ``layer`` in the names.
     """
     new = layer.__copy__()  # what copy.copy calls, which the compiler does not look into
@@ -43,10 +43,10 @@ def rebind(
 
 
 def settled(module: nn.Module) -> nn.Module:
-    """Let Pyro see every parameter of a module now, and return it with every ``PyroSample`` replaced by its draw.
+    """Register every parameter of a module with Pyro now, and replace every ``PyroSample`` by its draw.
 
-    A distribution reads its layers when it is scored. By then the model has ended, and what is a ``PyroModule`` would
-    register no parameter and draw its random ones outside of the trace.
+    A distribution reads its layers only when it is scored. By then the model has ended: a ``PyroModule`` would not
+    register its parameters, and would draw its random ones outside the trace.
     """
     members = [m for m in module.modules() if isinstance(m, PyroModule)]
     for member in members:

@@ -1,7 +1,7 @@
 """Backward passes that rebuild activations by inverting a chain part by part, instead of keeping them.
 
-One autograd function whose inputs are every tensor that the chain's result depends on: the value and each of the
-``parameters()`` and ``buffers()`` that requires a gradient. First derivatives only.
+A single autograd function does so. Its inputs are all tensors that the chain's result depends on: the value, and each
+of the ``parameters()`` and ``buffers()`` that requires a gradient. First derivatives only.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _FIRST_ORDER = (
 
 
 def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
-    """Evaluate a chain, keeping only its two ends for the backward pass.
+    """Evaluate a chain, keeping only its input and output for the backward pass.
 
     Args:
         chain: A layer with ``parts``.
-        value: Its input, in the direction asked for.
-        inverse: Run it backwards.
+        value: The input of the pass.
+        inverse: Whether to run the inverse pass.
 
     Returns:
-        The output and the log-det of the **forward** map; None where only the plain pass gives right gradients.
+        The output and the log-det of the **forward** map; None if only the ordinary pass gives right gradients.
     """
     named = {
         name: tensor
@@ -44,8 +44,8 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
         for name, tensor in tensors
         if tensor.requires_grad
     }
-    # A conditioned layer's tensors hang on the context's graph. The inner backward passes must stop at them: one that
-    # went on would count the path to the context twice. A tensor with several names (a context) is cut once.
+    # A conditioned layer's tensors are part of the context's graph. The inner backward passes must stop at them, or the
+    # path to the context would count twice. A tensor with several names (a context) is cut once.
     outer = list({id(tensor): tensor for tensor in named.values()}.values())
     inner = [tensor if tensor.is_leaf else tensor.detach().requires_grad_() for tensor in outer]
     twins = {id(tensor): twin for tensor, twin in zip(outer, inner, strict=True)}
@@ -59,7 +59,7 @@ def recompute(chain: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]
 
 
 class _Recompute(torch.autograd.Function):
-    """Inputs: the value, then the tensors. Outputs: the value on the other side, and the log-det of this direction."""
+    """Inputs: the value, then the tensors. Outputs: the result of the pass, and the log-det in its direction."""
 
     @staticmethod
     def forward(
@@ -75,7 +75,7 @@ class _Recompute(torch.autograd.Function):
             out = value.clone()
         total = torch.zeros_like(value) if total is None else total
         ctx.chain, ctx.inner, ctx.inverse = chain, inner, inverse
-        # Rows whose input is out of reach, so that nothing can rebuild it: they have no gradient.
+        # Rows out of reach, whose input cannot be rebuilt: they get no gradient.
         ctx.lost = total.isinf()
         ctx.save_for_backward(value, out, *tensors)
         return out, total
@@ -107,7 +107,7 @@ class _Recompute(torch.autograd.Function):
 def _part_gradients(
     part: Bijection, source: Tensor, ctx: Any, extra: int, grad: Tensor, grad_ladj: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of one part to its input and to every tensor of the chain."""
+    """Return the gradients of one part with respect to its input and to every tensor of the chain."""
     with torch.enable_grad():
         source = source.detach().requires_grad_()
         out, ladj = _step(part, source, ctx.inverse)
@@ -125,9 +125,9 @@ def _walk(chain: Any, inverse: bool) -> list[tuple[str, Bijection, int]]:
 
 
 def _step(part: Bijection, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Return value and log-det of one direction, without a trace in the part's memo.
+    """Return the value and the log-det in one direction, without filling the part's memo.
 
-    An entry there would keep the activation that this is about to spare.
+    An entry there would keep the very activation that recomputation saves.
     """
     if inverse:
         x, aux = part.evaluate_inverse(value)
@@ -137,14 +137,14 @@ def _step(part: Bijection, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor
 
 
 def _over_events(rows: Tensor, event_dim: int) -> Tensor:
-    """Return a mask of rows as a mask of their elements."""
+    """Extend a mask of rows by event dimensions, to broadcast over their elements."""
     return rows[(..., *(None,) * event_dim)]
 
 
 def _compare(chain: Any, given: Tensor, rebuilt: Tensor, event_dim: int, exempt: Tensor) -> None:
-    """Raise where the rebuilt input is not the given one: its gradients would be those of another point.
+    """Raise an error if the rebuilt input differs from the given one: the gradients would be those of another point.
 
-    An error counts relative to the size of its event; an event that is smaller than most counts like these.
+    Errors are relative to the largest element of their event, but at least to the median of these over all events.
     """
     tolerance = torch.finfo(given.dtype).eps ** 0.5
     given = given.detach()

@@ -1,4 +1,4 @@
-"""A layer some of whose batch dimensions count as event dimensions."""
+"""A layer with some of its batch dimensions treated as event dimensions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ __all__ = ["Reinterpreted"]
 
 
 class Reinterpreted(Structure):
-    """A layer some of whose batch dimensions count as event dimensions, as a layer.
+    """A layer with some of its batch dimensions treated as event dimensions.
 
-    What torch's ``IndependentTransform`` becomes. **Forward**, **Inverse**: the layer's. **Log-det**: the layer's,
-    summed over these dimensions. **Identity**: where the layer is.
+    It takes the place of torch's ``IndependentTransform``. **Forward**, **Inverse**: those of the layer. **Log-det**:
+    that of the layer, summed over these dimensions. **Identity**: where the layer is.
 
     Args:
         layer: Any transform.
-        num_dims: How many of its rightmost batch dimensions are meant.
+        num_dims: Number of its rightmost batch dimensions to treat as event dimensions.
         cache_size: As in :class:`~pyro_invflows.Bijection`.
+
+    Shape:
+        ``(*S, *B, *E)``, where B has ``num_dims`` dimensions and E is an event of the layer; the log-det is ``(*S,)``.
     """
 
     layer: Bijection
@@ -52,7 +55,7 @@ class Reinterpreted(Structure):
 
     @property
     def input_dim(self) -> int | None:  # type: ignore[override]
-        """Event size along ``dim`` that is required of the input; None where any size will do."""
+        """Size that an event must have along ``dim``; None if any size will do."""
         return self.layer.input_dim
 
     @property

@@ -1,4 +1,4 @@
-"""What layers that are made of layers share."""
+"""The base class of layers that are made of other layers."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["Structure", "evaluate_part"]
 class Structure(Bijection):
     """A layer made of other layers, its parts.
 
-    An author defines :meth:`named_parts` (whose names are attributes of the module, or numbers in it), calls
-    :meth:`settle` at the end of the constructor, and evaluates the parts by :func:`evaluate_part` and
-    ``part.evaluate_inverse(y)``, scores them by ``part._log_det(x, y, aux)``.
+    A subclass defines :meth:`named_parts` (the names are those of the sub-modules) and calls :meth:`settle` at the end
+    of its constructor. It evaluates a part by :func:`evaluate_part` and ``part.evaluate_inverse(y)``, and takes its
+    log-det from ``part._log_det(x, y, aux)``.
     """
 
-    #: Whether nothing but the structure's own last sample can be inverted (``Slice(score="sample")``).
+    #: Whether only the structure's own last sample can be inverted (``Slice(score="sample")``).
     only_own_sample = False
 
     def settle(self) -> None:
-        """Read off the parts what holds for the whole."""
+        """Set the attributes of the whole that follow from its parts."""
         self.opaque = any(part.opaque for part in self.parts)
         self.draws_forward, self.draws_inverse, self.only_own_sample = noise_flags(self)
-        # no cache but the only answer: kept whatever the cache size, and not used up
+        # not a cache but the only possible answer: kept whatever the cache size, and not used up
         self._sample: memo.Entry | None = None
 
     @property
     def parts(self) -> tuple[Bijection, ...]:
-        """The parts, first one first."""
+        """The parts, in the order of the forward pass."""
         return tuple(part for _, part, _ in self.named_parts())
 
     @property
@@ -53,7 +53,7 @@ class Structure(Bijection):
 
     @property
     def batch_shape(self) -> torch.Size:
-        """The broadcast of the parts' batch shapes, less what counts as event dimensions to the whole."""
+        """The broadcast of the parts' batch shapes, without dimensions that are event dimensions of the whole."""
         shapes = [(part.batch_shape, extra) for _, part, extra in self.named_parts()]
         return torch.broadcast_shapes(*(shape[: max(len(shape) - extra, 0)] for shape, extra in shapes))
 
@@ -78,7 +78,7 @@ class Structure(Bijection):
         return super()._aux(x, y)
 
     def clear_cache(self) -> None:
-        """Forget the last evaluation, of the parts too."""
+        """Forget the last evaluation, also of the parts."""
         super().clear_cache()
         self._sample = None
         for part in self.parts:
@@ -89,7 +89,7 @@ class Structure(Bijection):
 
 
 def evaluate_part(part: Bijection, x: Tensor) -> tuple[Tensor, Any]:
-    """Return y and aux of a part. Module hooks, which fire only through the module's own call, are heeded."""
+    """Return y and the aux of a part. A part with module hooks is called, because only a call runs them."""
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         y = part(x)
         return y, part._aux(x, y)
