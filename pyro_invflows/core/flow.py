@@ -143,11 +143,11 @@ class Flow(nn.Module):
             ) from error
         if d.batch_shape != torch.broadcast_shapes(context.shape[:-1], d.batch_shape):
             raise ValueError(
-                f"Flow: the batch shape of the distribution must include that of the context, "
-                f"{tuple(context.shape[:-1])}, but is {tuple(d.batch_shape)}. Either a conditional part has fewer event "
-                f"dimensions than the whole (build it with Conditional(..., event_dim={len(d.event_shape)})), or it is "
-                "a foreign one that does not report the batch shape of its context (use a conditional_* factory of "
-                "this library)."
+                "Flow: the batch shape of the distribution must include that of the context, "
+                f"{tuple(context.shape[:-1])}, but is {tuple(d.batch_shape)}. Either a conditional part has fewer "
+                f"event dimensions than the whole (build it with Conditional(..., event_dim={len(d.event_shape)})), or "
+                "it is a foreign one that does not report the batch shape of its context (use a conditional_* factory "
+                "of this library)."
             )
         return d
 
