@@ -1,8 +1,8 @@
-"""Conformance checks for any transform: this library's, yours or somebody else's.
+"""Conformance checks for any transform: one of this library, of yours or of anyone else.
 
-:func:`check_bijection` runs all of them and raises one readable :class:`BrokenPromiseError` that names the promise.
-Each check can be called alone. They compare against independent answers (an autodiff Jacobian, finite differences,
-fresh clones), never against the transform's own cache.
+:func:`check_bijection` runs all of them and raises a readable :class:`BrokenPromiseError` that names the promise. Each
+check can also be called alone. They compare results with independent answers (an autodiff Jacobian, finite differences,
+fresh clones), never with the transform's own cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class BrokenPromiseError(AssertionError):
-    """A transform does not do what a two-way layer promises."""
+    """A transform does not do what an invertible layer promises."""
 
 
 def sample_domain(
@@ -51,19 +51,19 @@ def sample_domain(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw points of a transform's domain: standard normal noise mapped onto it by ``biject_to``.
+    """Draw points from a transform's domain: standard normal draws, mapped into it by ``biject_to``.
 
-    They are on the device of the transform's first parameter.
+    The points are on the device of the transform's first parameter.
 
     Args:
         transform: Any transform.
         batch_shape: Shape of the batch.
-        event_shape: Shape of one event; by default read off the transform (``trace_event`` or ``input_dim``).
-        dtype: Default: that of the first parameter, else float64.
-        generator: Source of the draw; default torch's global one of the CPU.
+        event_shape: Shape of one event; by default inferred from the transform (``trace_event`` or ``input_dim``).
+        dtype: Dtype of the points; by default that of the first parameter, else float64.
+        generator: Source of randomness; by default torch's global CPU generator.
 
     Raises:
-        ValueError: if the event shape cannot be known.
+        ValueError: if the event shape cannot be inferred.
     """
     event_dim = transform.domain.event_dim
     if event_shape is None:
@@ -73,14 +73,14 @@ def sample_domain(
             sizes = {-1: operator.index(input_dim)}
         if not all(axis in sizes for axis in range(-event_dim, 0)):
             raise ValueError(
-                f"The event shape of {type(transform).__name__} cannot be known; give event_shape, or points x."
+                f"The event shape of {type(transform).__name__} cannot be inferred; pass event_shape, or points x."
             )
         axes = range(min(sizes, default=0), 0) if event_dim == 0 else range(-event_dim, 0)
         event_shape = [sizes.get(axis, 1) for axis in axes]
     first = next(_parameters(transform), None)
     if dtype is None:
         dtype = torch.float64 if first is None else first.dtype
-    # whatever the default device is
+    # independent of the default device
     source = torch.device("cpu") if generator is None else generator.device
     noise = torch.randn((*batch_shape, *event_shape), dtype=torch.float64, generator=generator, device=source)
     return biject_to(transform.domain)(noise if first is None else noise.to(first.device)).to(dtype)
@@ -89,9 +89,9 @@ def sample_domain(
 def jacobian_log_det(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int) -> Tensor:
     """Return ``log|det|`` of the autodiff Jacobian of ``function`` at each event of ``x``.
 
-    One event at a time and one unbatched factorisation each, so the answer is independent of any batching. With
-    ``event_dim=0`` the derivatives of all elements come from one randomly weighted sum, which gives them away if an
-    output depends on more than its own input.
+    Events are taken one at a time, with an unbatched factorisation each, so the result does not depend on batching.
+    With ``event_dim=0``, one randomly weighted sum gives the derivatives of all elements; if an output depends on more
+    than its own input, they come out wrong.
     """
     if event_dim == 0:
         leaf = x.detach().clone().requires_grad_()
@@ -138,10 +138,10 @@ def check_shapes(transform: Transform, x: Tensor) -> None:
 
 
 def check_round_trip(transform: Transform, x: Tensor, *, atol: float | None = None, rtol: float | None = None) -> None:
-    """The inverse answers for data the layer did not just produce, both ways round.
+    """The inverse works on data that the layer did not just produce, both ways round.
 
-    Where x cannot be recovered to the tolerance because the map is ill-conditioned, the residual in y must be at
-    rounding level instead. That excuse holds below float64 only, or a map that is not one-to-one would pass.
+    If x cannot be recovered to the tolerance because the map is ill-conditioned, the residual in y must be at rounding
+    level instead. In float64 this exception is not made, or a map that is not one-to-one would pass.
     """
     atol, rtol = _tolerances(x, atol, rtol)
     y = transform(x).detach().clone()
@@ -154,14 +154,14 @@ def check_round_trip(transform: Transform, x: Tensor, *, atol: float | None = No
     again = transform(back.detach().clone())
     scale = _largest(y)
     _close(transform, "round trip", "f(inv(y)) - y", again, y, (atol + rtol * scale, 0.0))
-    # Where the map is ill-conditioned in low precision, no method finds x better than y's rounding allows.
+    # If the map is ill-conditioned in low precision, no method can recover x better than the rounding of y allows.
     rounding = 64 * torch.finfo(y.dtype).eps * (1 + scale)
     if y.dtype == torch.float64 or not _largest(again - y) <= rounding:
         _close(transform, "round trip", "inv(f(x)) - x", back, x, (atol, rtol))
 
 
 def check_log_det(transform: Transform, x: Tensor, *, atol: float | None = None, rtol: float | None = None) -> None:
-    """The log-det equals that of the autodiff Jacobian, in both directions and through the one-pass functions."""
+    """The log-det equals that of the autodiff Jacobian, in both directions and in the one-pass functions."""
     tolerances = _tolerances(x, atol, rtol)
     event_dim = transform.domain.event_dim
     if transform(x).numel() != x.numel():
@@ -189,7 +189,7 @@ def check_log_det(transform: Transform, x: Tensor, *, atol: float | None = None,
 
 
 def check_gradients(transform: Transform, x: Tensor) -> None:
-    """Gradients reach input and parameters in both directions, and are right by finite differences (float64)."""
+    """Gradients reach input and parameters in both directions, and (in float64) agree with finite differences."""
     parameters = [p for p in _parameters(transform) if p.requires_grad and p.numel()]
     names = ["the input", *_parameter_names(transform, parameters)]
     y = transform(x).detach()
@@ -201,12 +201,12 @@ def check_gradients(transform: Transform, x: Tensor) -> None:
         grads = torch.autograd.grad(loss, [leaf, *parameters], allow_unused=True)
         for name, grad in zip(names, grads, strict=True):
             if grad is None or not grad.isfinite().all():
-                state = "none reaches" if grad is None else "not finite for"
+                state = "no gradient reaches" if grad is None else "the gradient is not finite for"
                 raise _broken(transform, "gradients", f"{state} {name} through {way}")
     if x.dtype != torch.float64:
         return
     for what, start, run in (("the forward map", x, call_and_ladj), ("the inverse", y, inv_and_ladj)):
-        # gradcheck moves the parameters in place, so the function need not name them; fast_mode tries one random
+        # gradcheck perturbs the parameters in place, so the function need not take them; fast_mode tries one random
         # direction, which keeps the cost independent of the number of parameters.
         inputs = (start.clone().requires_grad_(), *parameters)
         try:
@@ -218,7 +218,7 @@ def check_gradients(transform: Transform, x: Tensor) -> None:
 
 
 def check_copies(transform: Transform, x: Tensor) -> None:
-    """After use it can be copied, pickled and saved, at an unchanged size and sharing nothing."""
+    """After use, a transform can be copied, pickled and saved; copies share nothing, and the size has not changed."""
     size = _saved_size(transform)
     y = transform(x)
     if y.requires_grad:
@@ -234,11 +234,11 @@ def check_copies(transform: Transform, x: Tensor) -> None:
     own = {p.data_ptr() for p in _parameters(transform) if p.numel()}
     for how, twin in twins.items():
         same = torch.equal(twin(x.clone()), reference)
-        _promise(same, transform, "copies", f"a {how} computes something else")
+        _promise(same, transform, "copies", f"a {how} computes different values")
         shared = own & {p.data_ptr() for p in _parameters(twin) if p.numel()}
         _promise(not shared, transform, "copies", f"a {how} shares parameters")
     grown = _saved_size(transform)
-    _promise(grown == size, transform, "copies", f"torch.save grows from {size} to {grown} bytes through use")
+    _promise(grown == size, transform, "copies", f"its saved size grows from {size} to {grown} bytes through use")
     if isinstance(transform, nn.Module):
         buffer = io.BytesIO()
         torch.save(transform.state_dict(), buffer)
@@ -252,7 +252,7 @@ def check_copies(transform: Transform, x: Tensor) -> None:
 
 
 def check_fresh_data(transform: Transform, x: Tensor) -> None:
-    """Answers follow the data and the parameters as they are now, however warm a cache is."""
+    """Results follow the current data and parameters, whatever a cache holds."""
     parameters = [p for p in _parameters(transform) if p.requires_grad and p.numel()]
     if parameters:
         _check_fresh_parameters(transform, x, parameters)
@@ -262,7 +262,7 @@ def check_fresh_data(transform: Transform, x: Tensor) -> None:
         sample.copy_(other)
         back, expected = transform.inv(sample), transform.inv(other)
     same = torch.allclose(back, expected, rtol=1e-4, atol=1e-4)
-    _promise(same, transform, "fresh data", "a sample edited in place inverts to the point it had come from")
+    _promise(same, transform, "fresh data", "a sample edited in place inverts to the point it came from before")
 
 
 def _check_fresh_parameters(transform: Transform, x: Tensor, parameters: list[Tensor]) -> None:
@@ -295,16 +295,16 @@ def _check_fresh_parameters(transform: Transform, x: Tensor, parameters: list[Te
 
 
 def check_batch(transform: Transform, x: Tensor) -> None:
-    """A row's answer does not depend on the rest of its batch; scoring changes no state and not the data."""
+    """A row's result does not depend on the rest of its batch; scoring changes neither the state nor the data."""
     state = {k: v.clone() for k, v in transform.state_dict().items()} if isinstance(transform, nn.Module) else {}
     given = x.clone()
     y = transform(given).detach()
-    _promise(torch.equal(given, x), transform, "batch", "a call writes to the x that it is given")
+    _promise(torch.equal(given, x), transform, "batch", "a call writes to the x that it was given")
     atol, rtol = _tolerances(x, None, None)
     tolerances = atol + rtol * _largest(y), rtol
     given = y.clone()
     together, ladj = inv_and_ladj(transform, given)
-    _promise(torch.equal(given, y), transform, "batch", "scoring writes to the data that it is given")
+    _promise(torch.equal(given, y), transform, "batch", "scoring writes to the data that it was given")
     for i in range(y.shape[0] if y.dim() > transform.codomain.event_dim else 0):
         alone, ladj_alone = inv_and_ladj(transform, y[i : i + 1].clone())
         _close(transform, "batch", f"row {i} in its batch - alone", together[i : i + 1], alone, tolerances)
@@ -324,21 +324,22 @@ def check_bijection(
     rtol: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Check every promise of a two-way layer on any transform.
+    """Check that a transform keeps every promise of an invertible layer.
 
-    Run it at parameters far from their start: much is right by accident near the identity.
+    Run this at parameters far from their initial values: near the identity, much is right by accident.
 
     Args:
         transform: Any torch transform. Parameters keep their values; their gradients are cleared.
         x: Points of its domain ``(*B, *E)`` with at least one batch dimension; by default three random ones.
-        event_shape: Shape of one event where x is not given and the transform does not tell.
+        event_shape: Shape of one event, for random points of a transform from which it cannot be inferred.
         atol: Absolute tolerance of round trips and log-dets; default 1e-9 in float64, 1e-4 in float32.
-        rtol: Relative tolerance; default 1e-9 and 1e-4.
-        seed: Seed of the random points; the global generator is left as it was.
+        rtol: Relative tolerance; default likewise.
+        seed: Seed of the random points; torch's global generator is left unchanged.
 
     Raises:
-        BrokenPromiseError: naming the promise, the transform and the numbers.
-        ValueError: for no points, and for a layer that was conditioned on a batch of contexts, or with their graph.
+        BrokenPromiseError: if a promise is broken; it names the promise, the transform and the numbers.
+        TypeError: if ``transform`` is not a torch ``Transform``.
+        ValueError: if there are no points; if the layer was conditioned on a batch of contexts, or carries their graph.
 
     Example:
         >>> check_bijection(Baird((4,)))
@@ -353,7 +354,7 @@ def check_bijection(
     if _is_conditioned(transform):
         raise ValueError(
             f"check_bijection needs a layer whose tensors are leaves without batch dimensions, but this "
-            f"{type(transform).__name__} was conditioned on a context. Condition it on a single one, under "
+            f"{type(transform).__name__} was conditioned on a context. Condition it on a single context, under "
             "torch.no_grad()."
         )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -378,7 +379,7 @@ def check_bijection(
 
 
 def _is_conditioned(transform: Transform) -> bool:
-    """Whether a layer carries a batch of contexts, or their graph."""
+    """Whether a layer was conditioned on a batch of contexts, or carries their graph."""
     if not isinstance(transform, torch.nn.Module):
         return False
     tensors = (*transform.parameters(), *transform.buffers())
@@ -386,7 +387,7 @@ def _is_conditioned(transform: Transform) -> bool:
 
 
 def _fresh(transform: Transform) -> Transform:
-    """Return the transform with nothing remembered."""
+    """Return the transform with an empty cache."""
     if hasattr(transform, "clear_cache"):
         transform.clear_cache()
         return transform
