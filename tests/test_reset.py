@@ -169,6 +169,16 @@ def test_a_layer_that_cannot_says_so():
             super().__init__(3)
             self.bias = nn.Parameter(torch.zeros(3))
 
+    class Willing(Stubborn):
+        def __init__(self):
+            super().__init__()
+            self.net = networks.dense_network(1, [2], 1, zero_output=True)
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            nn.init.zeros_(self.bias)
+
+    same_state(*restored(Willing))
     for module in (Stubborn(), pf.Chain([Stubborn()]), pf.Inverted(Stubborn())):
         with pytest.raises(NotImplementedError, match=r"Stubborn has parameters .* must define reset_parameters"):
             module.reset_parameters()

@@ -188,9 +188,11 @@ class Bijection(TransformModule):
 
         By default, this resets all parts and sub-networks: a module with a ``reset_parameters`` is responsible for all
         that it holds; any other module is searched for such modules. Parameters of foreign modules without one keep
-        their values.
+        their values. A layer with parameters of its own resets these too, and calls ``super().reset_parameters()``
+        where it has sub-networks.
         """
-        if any(parameter is not None for parameter in self._parameters.values()):
+        inherited = type(self).reset_parameters is Bijection.reset_parameters
+        if inherited and any(parameter is not None for parameter in self._parameters.values()):
             raise NotImplementedError(
                 f"{type(self).__name__} has parameters of its own, so it must define reset_parameters()."
             )

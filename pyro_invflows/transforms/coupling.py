@@ -17,7 +17,6 @@ from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import conv_network, dense_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.networks.dense import default_hidden_dims
-from pyro_invflows.networks.network import restart
 from pyro_invflows.support.checks import positive_int, widths
 
 __all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
@@ -120,10 +119,9 @@ class AffineCoupling(ContextLayer):
 
     def reset_parameters(self) -> None:
         """Restore the network's start, where its modules know how; constants become 0: the identity."""
+        super().reset_parameters()
         if self.hypernet is None:
             nn.init.zeros_(self.constants)
-        else:
-            restart(self.hypernet)
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         super()._check(value, inverse)

@@ -17,7 +17,6 @@ from pyro_invflows.core.kinds import ContextLayer
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.networks.dense import default_hidden_dims
-from pyro_invflows.networks.network import restart
 from pyro_invflows.solvers import (
     Sweeps,
     finish,
@@ -131,7 +130,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
 
     def reset_parameters(self) -> None:
         """Restore the network's start, the identity; draw W."""
-        restart(self.hypernet)
+        super().reset_parameters()
         self._draw_reflections()
 
     def _draw_reflections(self) -> None:

@@ -30,7 +30,6 @@ from pyro_invflows.networks.contraction import (
     contract_product,
     make_activations,
 )
-from pyro_invflows.networks.network import restart
 from pyro_invflows.solvers import Newton, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
 from pyro_invflows.solvers.settings import chosen_settings
@@ -154,7 +153,7 @@ class LowRankResidual(Bijection):
 
     def reset_parameters(self) -> None:
         """Set the last matrix and bias to zero, the identity; draw the others; restore the activation's start."""
-        restart(self.activation)
+        super().reset_parameters()
         self._draw()
 
     def _draw(self) -> None:
