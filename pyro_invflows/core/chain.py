@@ -158,7 +158,7 @@ class Chain(Structure, nn.ModuleList):
             except (ValueError, RuntimeError) as error:
                 where = "the input" if previous is None else f"part {previous} ({self.parts[previous].label})"
                 raise ValueError(f"Chain: part {i} ({part.label}) does not fit {where}: {error}") from error
-            # what lies in front of an event may be another axis to the next part; -1 is the same to elementwise ones
+            # an axis in front of an event may mean another one to the next part; -1 is the same for elementwise parts
             sizes = {axis: n for axis, n in sizes.items() if axis >= -max(event_dim, 1)}
             previous = i
         return sizes

@@ -1,4 +1,4 @@
-"""Amortised layers: one wrapper that lets a hypernetwork set any layer's parameters from a context."""
+"""Amortised layers: a wrapper with a hypernetwork that sets a layer's parameters from a context."""
 
 from __future__ import annotations
 
@@ -26,40 +26,45 @@ __all__ = ["Conditional", "conditional_factory"]
 
 
 class Conditional(nn.Module):
-    r"""Lets a hypernetwork shift a layer's own parameters according to a context.
+    r"""Shifts a layer's own parameters by the output of a hypernetwork, a function of a context.
 
     .. math:: \theta(c) = \theta_0 + h(c).
 
-    ``condition(context)`` evaluates the network once, eagerly, and returns a copy of the template whose own
-    parameters are buffers with the context's batch dimensions in front. A sub-network of the template (that of a
-    coupling) is not amortised but takes the context as extra input, if it was built with ``context_dim``. Inside a
-    ``Chain`` every part takes what it can; parts without parameters, and foreign ones, stay as they are.
+    ``condition(context)`` evaluates the hypernetwork once, eagerly, and returns a copy of the template in which buffers
+    with the context's batch dimensions in front replace the layer's own parameters. The sub-network of a layer (that
+    of a coupling, say) is not amortised: it takes the context as additional input, if it was built with
+    ``context_dim``. Inside a ``Chain`` this applies to every part; parts without parameters, and foreign ones, stay
+    unchanged.
 
-    At the start :math:`h = 0`: the conditioned layer is the template, whatever the context. That holds for the
-    hypernetwork that is built here; one of your own starts where you let it (end it with a layer of small or zero
-    weights). A conditioned layer carries one graph: condition again for the next backward pass.
+    Initially :math:`h = 0`, and the conditioned layer equals the template for every context. If you pass a hypernetwork
+    of your own, its initial output is up to you (end it with a layer of small or zero weights). A conditioned layer
+    carries one autograd graph: condition again for the next backward pass.
 
     Args:
         template: A layer of this library.
         context_dim: Width of the context.
-        hidden_dims: Hidden widths of the hypernetwork that is built where none is given.
+        hidden_dims: Widths of the hidden layers of the hypernetwork that is built if none is given.
         activation: Constructor of its activation.
-        hypernet: A hypernetwork of your own, any module from ``(*B, context_dim)`` to ``(*B, n)``; n is the number of
-            elements of the parameters that are set, which the error for another size names.
-        event_dim: Event dimensions of the whole that the layer will stand in, where they are more than its own: 3 for a
-            layer along the last axis, or an elementwise one, of an image flow. The context's batch dimensions stand
-            in front of these. Inside a ``Chain`` template this is known.
+        hypernet: A hypernetwork of your own: any module from ``(*B, context_dim)`` to ``(*B, n)``, where n is the
+            number of elements of all parameters that it sets (the error for a wrong size tells n).
+        event_dim: Event dimensions of the flow that will contain the layer, if it has more than the layer: 3 for an
+            elementwise layer, or one along the last axis, in an image flow. The context's batch dimensions go in front
+            of these. Inside a ``Chain`` template the number is known.
+
+    Attributes:
+        template: The layer; its parameters are :math:`\theta_0`.
+        hypernet: The hypernetwork h; None if the template only has sub-networks that read the context.
 
     Shape:
-        Context ``(*B, context_dim)``; the conditioned layer has ``batch_shape`` B, which broadcasts with the batch of
-        its input.
+        Context ``(*B, context_dim)``; the conditioned layer has the ``batch_shape`` B, which broadcasts with the batch
+        dimensions of its input, and so does its log-det.
 
     Raises:
-        TypeError: if the template is not a layer of this library, or the hypernetwork not a module.
-        ValueError: if nothing in it can be conditioned, a parameter that a context would set is computed from others
-            (by ``torch.nn.utils.parametrize``, ``prune`` or ``weight_norm``), or it was built with another
-            ``context_dim``; if the hypernetwork's output has another size; in ``condition`` for a context of another
-            width.
+        TypeError: if the template is not a layer of this library, or the hypernetwork is not a module.
+        ValueError: if nothing in the template can be conditioned; if a parameter to be set is computed from others (by
+            ``torch.nn.utils.parametrize``, ``prune`` or ``weight_norm``); if the template was built with another
+            ``context_dim``; if the hypernetwork's output has the wrong size; in ``condition``, if the context has
+            another width.
 
     Example:
         >>> layer = Conditional(Orthogonal(3), 2)
@@ -81,7 +86,7 @@ class Conditional(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(template, Bijection):
-            hint = " A foreign transform has no parameters that could be batched."
+            hint = " A foreign transform has no parameters that can be batched."
             hint = hint if isinstance(template, Transform) else ""
             raise TypeError(
                 f"Conditional: expected a layer of this library as the template, got {described(template)}{hint}"
@@ -129,11 +134,11 @@ class Conditional(nn.Module):
     inv = ConditionalTransformModule.inv
 
     def _sizes(self) -> list[int]:
-        """Number of elements of each tensor that the hypernetwork sets."""
+        """Return the number of elements of each tensor that the hypernetwork sets."""
         return [shape.numel() for shapes in self._shapes.values() for shape in shapes.values()]
 
     def _check_hypernet(self, hypernet: nn.Module) -> None:
-        """Refuse a hypernetwork that cannot be one, as far as a trial of a copy shows."""
+        """Check a hypernetwork, as far as a trial run of a copy can."""
         kind = type(self.template).__name__
         if not isinstance(hypernet, nn.Module):
             raise TypeError(
@@ -150,7 +155,7 @@ class Conditional(nn.Module):
                 trial = copy.deepcopy(hypernet).eval()
                 like = next((p for p in trial.parameters() if p.is_floating_point()), torch.empty(()))
                 value = trial(like.new_zeros(1, self.context_dim))
-        except Exception:  # it may want what only a real context has; condition() checks again
+        except Exception:  # it may need a real context; condition() checks again
             return
         self._check_output(value, torch.Size([1]))
 
@@ -160,7 +165,7 @@ class Conditional(nn.Module):
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"Conditional: the parameters of {type(self.template).__name__} that the hypernetwork sets have "
-                f"{wanted[-1]} elements together, so for a context of shape {(*batch, self.context_dim)} it must "
+                f"{wanted[-1]} elements in all, so for a context of shape {(*batch, self.context_dim)} it must "
                 f"return the shape {wanted}, but it returned {given}."
             )
 
@@ -196,7 +201,7 @@ class Conditional(nn.Module):
         values: dict[str, Tensor] = {}
         batch_shapes: dict[str, torch.Size] = {}
         for prefix, layer, extra in _layers(self.template, self._extra):
-            # the event dimensions of the whole that the layer does not see stand behind the context's batch
+            # event dimensions of the whole that the layer does not see follow the context's batch dimensions
             batch_shapes[prefix] = shape = torch.Size((*batch, *(1,) * extra))
             _refuse_computed(layer)
             for name, own_shape in self._shapes[prefix].items():
@@ -210,7 +215,7 @@ class Conditional(nn.Module):
         return self.condition(context)
 
     def reset_parameters(self) -> None:
-        """Restore the start of the template and of the hypernetwork."""
+        """Restore the initial state of the template and of the hypernetwork."""
         for module in self.children():
             restart(module)
 
@@ -224,14 +229,14 @@ ConditionalTransformModule.register(Conditional)
 
 
 def _event_dim(layer: Bijection) -> int:
-    """Return the event dimensions that a layer's own parameters line up with."""
+    """Return the number of event dimensions that a layer's own parameters align with."""
     return max(layer.domain.event_dim, len(layer.shape) if isinstance(layer, Elementwise) else 0)
 
 
 def _layers(layer: Bijection, extra: int = 0, prefix: str = "") -> Iterator[tuple[str, Bijection, int]]:
-    """Walk a layer and the layers that it is made of, not their sub-networks.
+    """Yield a layer and the layers that it is made of, but not their sub-networks.
 
-    Each comes with its path and the number of event dimensions of the whole that its parameters do not line up with.
+    Each comes with its path and the number of event dimensions of the whole that its parameters do not align with.
     """
     yield prefix, layer, extra
     for name, part, batch_dims in layer.named_parts():
@@ -247,7 +252,7 @@ def _parameters_of(layer: Bijection) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _refuse_computed(layer: Bijection) -> None:
-    """Refuse a layer with a tensor that is computed from others, which no other value can replace."""
+    """Refuse a layer with a tensor that is computed from others, and so cannot be replaced."""
     for name, (function, undo) in computed_names(layer).items():
         if layer.amortised is None or name in layer.amortised:
             kind = type(layer).__name__.removeprefix("Parametrized")
@@ -259,13 +264,13 @@ def _refuse_computed(layer: Bijection) -> None:
 
 
 def _contexts(template: Bijection) -> Iterator[tuple[str, int]]:
-    """Return the names under which layers take the context itself, with the width they were built for."""
+    """Yield the names of the buffers in which layers take the context, with the width that they were built for."""
     for prefix, layer, _ in _layers(template):
         if isinstance(layer, ContextLayer) and layer.context_dim:
             yield f"{prefix}context", layer.context_dim
 
 
-#: Hidden widths of the network that reads the context, where nobody chose them.
+#: Default widths of the hidden layers of the network that reads the context.
 _CONTEXT_HIDDEN_DIMS = (64, 64)
 
 
@@ -275,16 +280,16 @@ def conditional_factory(
     *,
     hypernet: bool = True,
 ) -> Callable[..., Conditional]:
-    """Return ``conditional_f`` for the factory ``f`` of a layer, as a function with a signature of its own.
+    """Return ``conditional_f`` for the factory ``f`` of a layer, as a function with its own signature.
 
-    It takes ``input_dim``, ``context_dim``, and by keyword ``context_hidden_dims`` and the factory's own arguments. A
-    factory that has a ``context_dim`` gets that too: its layer's network also reads the context.
+    It takes ``input_dim``, ``context_dim``, and by keyword ``context_hidden_dims`` and the factory's own arguments. If
+    the factory has an argument ``context_dim``, that is passed on: its layer's network also reads the context.
 
     Args:
         factory: Builds the layer from ``input_dim`` and keywords.
         how: How the context acts, for the docstring.
-        hypernet: Whether the layer has parameters that a hypernetwork sets. If not, ``context_hidden_dims`` goes to the
-            factory, where that takes it.
+        hypernet: Whether the layer has parameters that a hypernetwork sets. If not, ``context_hidden_dims`` is passed
+            to the factory, if it takes it.
     """
     name = f"conditional_{factory.__name__}"
     own = inspect.signature(factory, eval_str=True).parameters
@@ -332,6 +337,8 @@ def _factory_doc(name: str, how: str, keywords: Sequence[str]) -> str:
     ]
     for keyword in keywords:
         reader = keyword == "context_hidden_dims"
-        what = "Hidden widths of the network that reads the context." if reader else f"As in :func:`{name}`."
+        what = (
+            "Widths of the hidden layers of the network that reads the context." if reader else f"As in :func:`{name}`."
+        )
         lines.append(f"    {keyword}: {what}")
     return "\n".join(lines)

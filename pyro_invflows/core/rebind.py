@@ -27,7 +27,7 @@ def rebind(
         batch_shapes: New batch shapes of layers that receive a value, by their path; the others keep theirs.
         prefix: Path of ``layer`` in the names.
     """
-    new = layer.__copy__()  # what copy.copy calls, which the compiler does not look into
+    new = layer.__copy__()  # what copy.copy calls; the compiler cannot trace copy.copy itself
     for registry in ("_parameters", "_buffers", "_modules"):
         new.__dict__[registry] = dict(layer.__dict__[registry])
     new._non_persistent_buffers_set = set(layer._non_persistent_buffers_set)

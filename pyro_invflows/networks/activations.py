@@ -36,7 +36,7 @@ class LipSwish(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set raw beta to 0.5."""
+        """Set ``raw_beta`` to 0.5."""
         nn.init.constant_(self.raw_beta, 0.5)
 
     def _beta(self) -> Tensor:

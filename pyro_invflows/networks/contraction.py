@@ -285,7 +285,7 @@ class ContractiveMLP(nn.Module):
         self._zero()
 
     def reset_parameters(self) -> None:
-        """Draw all layers and activations anew; zeros in the last layer, hence g = 0, whatever the context."""
+        """Draw all layers and activations anew; the last layer becomes zero, so that g = 0 for every context."""
         for module in self.children():
             restart(module)
         self._zero()

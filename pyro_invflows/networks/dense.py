@@ -12,12 +12,12 @@ from pyro_invflows.support.checks import activation_constructor, is_int, positiv
 
 __all__ = ["conv_network", "default_hidden_dims", "dense_network"]
 
-#: Widths that nobody chose go no further: two such layers hold 65 000 weights between them.
+#: Largest width that is chosen by default: two such layers have 65 000 weights between them.
 _LARGEST_DEFAULT_WIDTH = 256
 
 
 def default_hidden_dims(width: int) -> list[int]:
-    """Return two hidden layers of a width that grows with the event, up to 256."""
+    """Return the widths of two hidden layers: ``width``, but at most 256."""
     return [min(width, _LARGEST_DEFAULT_WIDTH)] * 2
 
 
@@ -36,7 +36,7 @@ def dense_network(
         hidden_dims: Widths of the hidden layers.
         out_features: Width of the output.
         activation: Constructor of the activation between the layers.
-        zero_output: Start with an output that is exactly zero for every input.
+        zero_output: Initialise the last layer with zeros, so that the output is zero for every input.
 
     Returns:
         ``nn.Sequential`` of linear layers and activations, ``(*B, in_features) -> (*B, out_features)``.
@@ -65,15 +65,15 @@ def conv_network(
     activation: Callable[[], nn.Module] = nn.ReLU,
     zero_output: bool = False,
 ) -> nn.Sequential:
-    """Build a small convolutional network that keeps the resolution: 3-wide, 1-wide, ..., 3-wide kernels.
+    """Build a small convolutional network that keeps the resolution, with kernels of width 3, 1, ..., 1, 3.
 
     Args:
         in_channels: Channels of the input.
         hidden_channels: Channels of the hidden layers.
         out_channels: Channels of the output.
-        spatial_dims: 1, 2 or 3.
+        spatial_dims: Number of spatial dimensions: 1, 2 or 3.
         activation: Constructor of the activation between the layers.
-        zero_output: Start with an output that is exactly zero for every input.
+        zero_output: Initialise the last layer with zeros, so that the output is zero for every input.
 
     Returns:
         ``nn.Sequential``, ``(N, in_channels, *spatial) -> (N, out_channels, *spatial)``.
@@ -98,10 +98,10 @@ def conv_network(
 
 
 class _Constant(nn.Linear):
-    """A linear layer of an input without elements."""
+    """A linear layer whose input has no elements."""
 
     def __init__(self, out_features: int) -> None:
         super().__init__(0, out_features)
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.bias, -1, 1)  # torch's own warns, and has no bounds to draw from
+        nn.init.uniform_(self.bias, -1, 1)  # nn.Linear's would warn, and has no fan-in to scale by

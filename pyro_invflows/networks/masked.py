@@ -20,17 +20,25 @@ __all__ = ["MaskedLinear", "masked_network"]
 
 
 class MaskedLinear(HoldsConstants, nn.Linear):
-    """A linear layer some of whose weights are fixed at zero: output i sees the inputs up to its own degree.
+    """A linear layer with masked weights: each output depends only on the inputs of at most its own degree.
 
     Args:
-        sources: Degree of each input.
-        targets: Degree of each output; a weight may differ from zero where that of its input is no larger.
+        sources: Degree of each of the m inputs.
+        targets: Degree of each of the n outputs.
+
+    Attributes:
+        weight: ``(n, m)``; entry ``[i, j]`` counts only if ``sources[j] <= targets[i]``.
+        bias: ``(n,)``.
+        mask: ``(n, m)``, ones and zeros; a constant, not part of the ``state_dict``.
+
+    Shape:
+        ``(*B, m) -> (*B, n)``.
     """
 
     mask: Tensor
 
     def __init__(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        # numbers, not a tensor, which would be lost with the mask; first, because nn.Linear resets its parameters
+        # as numbers, because a tensor could be lost, as the mask can; first, because nn.Linear() resets parameters
         self.sources, self.targets = tuple(sources), tuple(targets)
         super().__init__(len(self.sources), len(self.targets))
 
@@ -56,15 +64,15 @@ def masked_network(
     activation: Callable[[], nn.Module] = nn.Tanh,
     zero_output: bool = False,
 ) -> nn.Sequential:
-    """Build an autoregressive network: its outputs for coordinate i depend on the inputs before i, and the context.
+    """Build an autoregressive network: its outputs for coordinate i depend on the inputs before i and on the context.
 
     Args:
-        input_dim: D; for 1 the outputs depend on the context only.
-        hidden_dims: Widths of the hidden layers; 0 is no unit at all, and leaves constants.
-        num_outputs: Outputs for each coordinate.
-        context_dim: Width of a context that stands behind the inputs and that every output may see.
+        input_dim: Number D of coordinates; if it is 1, the outputs depend on the context only.
+        hidden_dims: Widths of the hidden layers; a layer of width 0 passes nothing on, and the outputs are constant.
+        num_outputs: Number of outputs for each coordinate.
+        context_dim: Width of a context that is appended to the inputs; every output may depend on it.
         activation: Constructor of the activation between the layers.
-        zero_output: Start with an output that is exactly zero for every input.
+        zero_output: Initialise the last layer with zeros, so that the output is zero for every input.
 
     Returns:
         ``nn.Sequential``, ``(*B, D + context_dim) -> (*B, num_outputs * D)``; the first D outputs belong to the
@@ -75,13 +83,13 @@ def masked_network(
     context_dim = positive_int(context_dim, "context_dim", "masked_network", minimum=0)
     degrees = [[*range(1, input_dim + 1), *[0] * context_dim]]
     activation_constructor(activation, "masked_network")
-    # A unit of degree k sees the inputs up to k; those of degree 0 see the context only.
+    # A unit of degree k sees the inputs up to k; a unit of degree 0 sees the context only.
     lowest = 0 if context_dim or input_dim == 1 else 1
     for width in widths(hidden_dims, "masked_network"):
-        count = max(input_dim - lowest, 1)  # degrees; a layer with fewer units leaves out every few of them
+        count = max(input_dim - lowest, 1)  # number of degrees; a layer with fewer units skips some, evenly
         spread = [k % count if width >= count else k * count // width for k in range(width)]
         spread = [min(k + lowest, input_dim - 1) for k in spread]
-        degrees.append(spread or [-1])  # a width of zero becomes one unit that sees nothing: torch has no empty layers
+        degrees.append(spread or [-1])  # for a width of 0, one unit that sees nothing: torch has no empty layers
     degrees.append([*range(input_dim)] * num_outputs)
     layers: list[nn.Module] = []
     for i, (sources, targets) in enumerate(pairwise(degrees)):

@@ -1,4 +1,4 @@
-"""Networks that can return to their start."""
+"""Networks that can be reset to their initial state."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["Network", "restart"]
 
 
 def restart(module: nn.Module) -> None:
-    """Give a module's parameters new starting values.
+    """Give a module's parameters new initial values.
 
-    A module with a method ``reset_parameters`` is in charge of all that it holds; of any other the children are
-    restarted. Parameters that belong to neither keep their values.
+    A module with a method ``reset_parameters`` is responsible for all that it holds; of any other module, the children
+    are restarted. Parameters for which no module is responsible keep their values.
     """
     reset: Any = getattr(module, "reset_parameters", None)
     if reset is not None:
@@ -24,11 +24,11 @@ def restart(module: nn.Module) -> None:
 
 
 class Network(nn.Sequential):
-    """Layers in a row, which know how they started.
+    """An ``nn.Sequential`` that can be reset.
 
     Args:
         *layers: As in ``nn.Sequential``.
-        zero_output: Start with zeros in the last layer, hence with an output of zero for every input.
+        zero_output: Initialise the last layer with zeros, so that the output is zero for every input.
     """
 
     def __init__(self, *layers: Any, zero_output: bool = False) -> None:
@@ -37,7 +37,7 @@ class Network(nn.Sequential):
         self._zero()
 
     def reset_parameters(self) -> None:
-        """Draw all layers anew; zeros in the last one, if it started with them."""
+        """Draw all layers anew; with ``zero_output``, set the last one to zero."""
         for layer in self:
             restart(layer)
         self._zero()
