@@ -382,9 +382,7 @@ class Shy(torch.nn.Module):
 
 
 def test_a_hypernetwork_of_another_size():
-    message = (
-        r"parameters of Diagonal .* 8 elements in all, .* \(1, 2\) it must return the shape \(1, 8\), .* \(1, 7\)"
-    )
+    message = r"parameters of Diagonal .* 8 elements in all, .* \(1, 2\) it must return the shape \(1, 8\), .* \(1, 7\)"
     with pytest.raises(ValueError, match=message):
         pf.Conditional(pf.diagonal(4), 2, hypernet=torch.nn.Linear(2, 7))
     with pytest.raises(ValueError, match=r"must return the shape \(1, 8\), but it returned tuple"):

@@ -1,4 +1,4 @@
-"""Root finders and implicit gradients: tensors and callables only, nothing here knows a transform."""
+"""Root finders and implicit gradients: functions of tensors and callables, independent of any transform."""
 
 from pyro_invflows.solvers.implicit import implicit_gradient
 from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, Sweeps, dense_jacobian

@@ -2,7 +2,7 @@ r"""The gradient of a root, from the residual alone.
 
 Where :math:`F(x, \theta) = 0` defines :math:`x(\theta)`, the implicit function theorem gives :math:`dx = -J^{-1}
 \partial_\theta F\, d\theta` with :math:`J = \partial_x F`. The root is found without a graph; one more evaluation of
-the residual there carries the graph to y and to every parameter that takes part, and nobody lists them.
+the residual there connects it to y and to every parameter involved, so that these need not be listed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyro_invflows.support.precision import without_autocast
 __all__ = ["implicit_gradient"]
 
 _FIRST_ORDER = (
-    ": this inverse has first derivatives only; second ones would be wrong. Build the layer with order=2 where it "
+    ": this inverse has first derivatives only; second ones would be wrong. Build the layer with order=2 if it "
     "offers that, or use a layer whose inverse has derivatives of every order."
 )
 STRUCTURES = ("dense", "elementwise", "autoregressive", "iterative")
@@ -44,31 +44,33 @@ def implicit_gradient(
 ) -> Tensor:
     """Return x with the graph of the equation ``residual(x) = 0`` attached.
 
-    The linear solve in the backward pass is exact for ``"dense"`` (E vector-Jacobian products and a general solve),
-    ``"elementwise"`` (one product) and ``"autoregressive"`` (sweeps that end by themselves after at most E, because
-    the Jacobian is triangular in some order; E is the event size), and iterative for ``"iterative"``.
+    The backward pass solves its linear system directly for ``"dense"`` (E vector-Jacobian products and a general solve,
+    where E is the event size) and ``"elementwise"`` (one product); by at most E sweeps for ``"autoregressive"`` (they
+    terminate because the Jacobian is triangular for some ordering of the coordinates); and by a solver for
+    ``"iterative"``.
 
-    Reverse mode; forward mode too where the structure is dense or elementwise. Under ``torch.func`` these two take
-    Newton steps with a graph instead, whose derivatives are right up to the third.
+    Reverse mode is supported, and forward mode if the structure is dense or elementwise. Under ``torch.func`` these two
+    structures take Newton steps with a graph instead, whose derivatives are right up to the third at least.
 
     Args:
-        residual: Row by row ``x -> f(x) - y``, closing over y and the parameters.
-        x: A root ``(*B, *E)``; it is taken as a constant.
-        structure: What is known about the Jacobian.
+        residual: ``x -> f(x) - y``, row by row, a closure over y and the parameters.
+        x: A root ``(*B, *E)``, treated as a constant.
+        structure: Structure of the Jacobian, one of the four above.
         event_dim: Number of dimensions of E.
-        order: 1 keeps one evaluation, and its second derivatives raise; 2 (dense and elementwise) takes two Newton
-            steps with a graph, right for derivatives up to the third and dearer.
-        diagonal: ``x -> diag(J)``, without graph; needed for ``"autoregressive"``.
-        jacobian: ``x -> J`` ``(*B, E, E)`` for the dense structure, where it is known in closed form; with its graph,
-            if autograd records.
-        solver: For ``"iterative"``: the solver of the linear equation, with its own tolerance.
-        owner: Whom an error names.
+        order: Order of derivatives that is needed. 1 keeps the graph of one evaluation, and second derivatives raise an
+            error; 2 (dense and elementwise) takes two Newton steps with a graph, which are more expensive and right for
+            derivatives up to the third.
+        diagonal: ``x -> diag(J)``, without a graph; required for ``"autoregressive"``.
+        jacobian: ``x -> J`` ``(*B, E, E)`` for the dense structure, if it is known in closed form; with a graph if
+            autograd is recording.
+        solver: For ``"iterative"``: the solver of the linear system, with its own tolerance.
+        owner: Name used in error messages.
 
     Raises:
-        TypeError: if the solver is not one.
-        ValueError: if the structure or the order is unknown, or they do not go together.
-        NotImplementedError: later, in a second derivative at order 1; at once under ``torch.jit.trace``.
-        ConvergenceError: later, if the iterative solve fails in the backward pass.
+        TypeError: if the solver is not one of these.
+        ValueError: if the structure or the order is unknown, or they cannot be combined.
+        NotImplementedError: in a second derivative, if the order is 1; at once under ``torch.jit.trace``.
+        ConvergenceError: in the backward pass, if the iterative solve fails.
 
     Example:
         >>> from pyro_invflows.solvers import Newton, implicit_gradient
@@ -93,8 +95,8 @@ def implicit_gradient(
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
     if not torch.compiler.is_compiling() and is_tracing():
         raise NotImplementedError(
-            f"{owner}: torch.jit.trace (JitTrace_ELBO) would keep the steps that these data took for all data to come. "
-            "Use Trace_ELBO, or torch.compile."
+            f"{owner}: torch.jit.trace (JitTrace_ELBO) would fix the number of steps that these data take, for all later "
+            "data. Use Trace_ELBO, or torch.compile."
         )
     x = x.detach()
     functorch = in_functorch()
@@ -108,7 +110,9 @@ def implicit_gradient(
         if not functorch and not torch.is_grad_enabled():
             return x
         if not functorch and not residual(x).requires_grad and not in_forward_mode():
-            return x  # nothing to differentiate by: the leaf that a step makes must not look like it
+            return (
+                x  # nothing to differentiate with respect to: the leaf that a step makes must not look differentiable
+            )
         for _ in range(steps_with_graph()):
             x = _newton_step(residual, x, structure, event_dim, jacobian)
         return x
@@ -143,7 +147,7 @@ def _newton_step(
     event_dim: int,
     closed: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Take a Newton step whose graph is kept: from a root it moves by rounding only, but brings the derivatives."""
+    """Take a Newton step with its graph: it moves a root only by rounding errors, but has its derivatives."""
     if structure == "elementwise":
         value, slope = _diagonal(residual, x, create_graph=True)
         return x - value / slope
@@ -160,7 +164,7 @@ def _newton_step(
 
 
 class _Attach(torch.autograd.Function):
-    """Passes on x; its derivative is ``-J^{-1}`` times that of the residual."""
+    """Returns x; its derivative is ``-J^{-1}`` times that of the residual."""
 
     @staticmethod
     def forward(
@@ -237,7 +241,7 @@ def _solve_transposed(ctx: Any, grad: Tensor) -> Tensor:
             v = v + error / slope
         return v
     solution = ctx.solver(lambda v: vjp(v) - grad, grad, event_dim=ctx.event_dim, scale=grad, gather=False)
-    # a row whose root is not finite has no gradient, and is no failure of this solver
+    # a row whose root is not finite has no gradient, which is not a failure of this solver
     known = row_max(ctx.x, ctx.event_dim).isfinite()
     given = where_rows(known, grad, torch.full_like(grad, torch.nan))
     return finish(solution, f"{ctx.owner} (backward pass)", ctx.solver, given=given)

@@ -1,4 +1,4 @@
-"""What a solver is told, by a layer or by its user."""
+"""The settings of solvers, chosen by a layer or by its user."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _Settings = TypeVar("_Settings", bound="Settings")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every solver is told; no solver itself.
+    """The settings that all solvers share; not a solver itself.
 
-    A row has converged when ``|f(x) - y| <= atol + rtol * |y|`` in the largest norm.
+    A row has converged when ``|f(x) - y| <= atol + rtol * |y|`` in the maximum norm.
 
     Args:
         atol: Absolute tolerance; the default is ``eps ** 0.75`` of the dtype (2e-12 in float64, 6e-6 in float32).
         rtol: Relative tolerance; the default likewise.
-        max_steps: Bound on the steps. The default is a layer's own bound, where a layer solves, and the class
-            attribute ``default_max_steps`` elsewhere.
+        max_steps: Maximum number of steps. By default the layer that solves decides, or else the class attribute
+            ``default_max_steps``.
         on_failure: What happens to rows that did not converge: ``"raise"`` a :class:`ConvergenceError`, ``"warn"``
             and return them as they are, or set them to ``"nan"``.
 
@@ -40,7 +40,7 @@ class Settings:
     max_steps: int | None = None
     on_failure: str = "raise"
 
-    default_max_steps = 100  # no annotation: not a setting
+    default_max_steps = 100  # without an annotation, hence not a setting
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -54,22 +54,22 @@ class Settings:
             raise ValueError(f"{owner}: on_failure must be one of {_ON_FAILURE}, but got {self.on_failure!r}.")
 
     def tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Return ``(atol, rtol)``, scaled to the dtype where they were not given."""
+        """Return ``(atol, rtol)``, with defaults that depend on the dtype."""
         default = torch.finfo(dtype).eps ** 0.75
         return default if self.atol is None else self.atol, default if self.rtol is None else self.rtol
 
     def bound(self, own: int | None = None) -> int:
-        """Return the bound on the steps: as given, else the caller's own, else that of the solver."""
+        """Return the maximum number of steps: as set, else the caller's ``own``, else the solver's default."""
         if self.max_steps is not None:
             return self.max_steps
         return self.default_max_steps if own is None else own
 
 
 def check_solver(solver: Any, kinds: Sequence[type[Settings]], owner: str) -> None:
-    """Refuse what is not a solver of one of these kinds: a class, plain :class:`Settings`, another solver.
+    """Check that a solver is an instance of one of ``kinds``.
 
     Raises:
-        TypeError: if it is not.
+        TypeError: if it is a class, plain :class:`Settings`, another solver, or anything else.
     """
     if not isinstance(solver, tuple(kinds)):
         *others, last = [f"solvers.{kind.__name__}(...)" for kind in kinds]
@@ -89,21 +89,21 @@ def chosen_settings(
     max_steps: int | None = None,
     on_failure: str | None = None,
 ) -> _Settings:
-    """Return the settings that the arguments of a layer's constructor mean.
+    """Return the settings that the arguments of a layer's constructor specify.
 
     Args:
-        default: The layer's solver where nothing was given.
-        solver: The solver that was given.
-        owner: The layer's name, for errors.
-        kinds: What the solver may be; by default of the same class as the default.
-        atol: As in :class:`Settings`; the default's where left out, like the next three.
+        default: The layer's solver if nothing is given.
+        solver: The solver that was given, if any.
+        owner: Name used in error messages.
+        kinds: The classes that are accepted; by default that of ``default``.
+        atol: As in :class:`Settings`; if left out, that of ``default``. The same holds for the next three.
         rtol: As in :class:`Settings`.
         max_steps: As in :class:`Settings`.
         on_failure: As in :class:`Settings`.
 
     Raises:
-        TypeError: if the solver is of another kind.
-        ValueError: if a solver was given and settings beside it, or a setting is out of range.
+        TypeError: if the solver is of another class.
+        ValueError: if both a solver and settings were given, or a setting is out of range.
     """
     single = {"atol": atol, "rtol": rtol, "max_steps": max_steps, "on_failure": on_failure}
     single = {name: value for name, value in single.items() if value is not None}
@@ -113,7 +113,7 @@ def chosen_settings(
     if single:
         together = ", ".join(f"{name}={value!r}" for name, value in single.items())
         raise ValueError(
-            f"{owner}: a solver holds its own settings, so give either solver=... or settings beside it, but got both: "
+            f"{owner}: a solver has its own settings, so give either solver=... or settings, but got both: "
             f"{together}. Write solver={type(solver).__name__}({together})."
         )
     return solver

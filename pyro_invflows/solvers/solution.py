@@ -17,7 +17,7 @@ __all__ = ["Solution", "Status", "finish", "in_transform", "is_blind", "row_max"
 
 
 class Status(IntEnum):
-    """How a row ended."""
+    """How the iteration ended for a row."""
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -25,7 +25,7 @@ class Status(IntEnum):
     NO_BRACKET = 3
 
 
-#: What a status means and what helps; the text of the error.
+#: What each status means and what to do about it, for the error message.
 REMEDIES = {
     Status.MAX_STEPS: "Allow more steps (max_steps), use a stronger solver (Newton rather than Anderson or "
     "FixedPoint), use float64, loosen atol and rtol, or shrink the parameters.",
@@ -37,7 +37,7 @@ REMEDIES = {
 
 
 class Solution(NamedTuple):
-    """The end of an iteration, row by row (a row is one element of the batch).
+    """The result of an iteration, row by row (a row is one element of the batch).
 
     Attributes:
         value: The last iterate, in the shape of the starting point.
@@ -58,49 +58,49 @@ class Solution(NamedTuple):
 
 
 def is_blind(value: Tensor) -> bool:
-    """Whether the value cannot be looked at: a graph is being compiled or traced, or it is on the meta device."""
+    """Whether the value cannot be inspected: torch is compiling or tracing, or it is on the meta device."""
     return torch.compiler.is_compiling() or value.is_meta or is_tracing()
 
 
 def in_transform(value: Tensor) -> bool:
-    """Whether the value cannot be looked at, or ``torch.func`` may hide it."""
+    """Whether the value cannot be inspected, or ``torch.func`` may hide it."""
     return is_blind(value) or in_functorch()
 
 
 def row_max(value: Tensor, event_dim: int) -> Tensor:
-    """Return the largest absolute entry of each row; NaN where there is one."""
+    """Return the largest absolute entry of each row; NaN for a row with a NaN."""
     value = value.abs()
     return value if not event_dim else value.flatten(-event_dim).amax(-1)
 
 
 def where_rows(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Choose row by row: ``mask`` has the leading dimensions of ``a`` and ``b``."""
+    """Select row by row: ``mask`` has the leading dimensions of ``a`` and ``b``."""
     return torch.where(mask.reshape(mask.shape + (1,) * (a.dim() - mask.dim())), a, b)
 
 
 def finish(solution: Solution, owner: str, settings: Settings, *, given: Tensor | None = None) -> Tensor:
-    """Return the solution's value, or do what ``settings.on_failure`` says about the rows without one.
+    """Return the solution's value, and treat rows that failed as ``settings.on_failure`` says.
 
-    Rows whose ``given`` data are not finite are no failure of the solver: they become NaN, as in any torch function.
-    While compiling and under ``torch.func`` nothing can be raised: rows that failed become NaN.
+    Rows whose ``given`` data are not finite are not failures of the solver: they become NaN, as in any torch function.
+    While compiling and under ``torch.func`` no error can be raised: rows that failed become NaN.
 
     Args:
         solution: What the solver returned.
-        owner: The layer's name, for the message.
+        owner: Name used in error messages.
         settings: The solver's settings.
         given: The data y, in the shape of the value.
 
     Raises:
         ConvergenceError: if rows failed and ``on_failure="raise"``.
     """
-    failed = solution.status != int(Status.CONVERGED)  # dynamo does not compare with an enum
+    failed = solution.status != int(Status.CONVERGED)  # dynamo cannot compare with an enum
     hidden = in_transform(solution.value)
     if not hidden and not failed.any():
         return solution.value
     value = where_rows(failed, torch.full_like(solution.value, torch.nan), solution.value)
     if hidden or settings.on_failure == "nan":
         return value
-    if given is not None:  # a value for NaN would be of the solver's making, whatever the settings say
+    if given is not None:  # for data that are not finite the solver's value means nothing, whatever the settings say
         event_dim = solution.value.dim() - failed.dim()
         failed = failed & row_max(given, event_dim).isfinite()
     if not failed.any():

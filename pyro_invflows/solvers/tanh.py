@@ -1,9 +1,10 @@
-r"""The scalar equation that planar and Sylvester layers reduce to, solved at any legal parameters.
+r"""The scalar equation that planar and Sylvester layers reduce to, solved for any valid parameters.
 
-:math:`s + (d - 1) \tanh s = c` with d > 0 is increasing in s, convex or concave on either side of zero: Newton's method
-from the right end of its bracket ``|s - c| <= |d - 1|`` runs to the root in one direction and needs no safeguard.
+With d > 0 the left side of :math:`s + (d - 1) \tanh s = c` increases in s, and is convex or concave on either side of
+zero. Started at the appropriate end of the bracket ``|s - c| <= |d - 1|``, Newton's method approaches the root from one
+side and needs no safeguard.
 
-:func:`tanh_root` carries its implicit gradient, to any order, in reverse and forward mode, and under ``torch.func``.
+:func:`tanh_root` has an implicit gradient of every order, in reverse and forward mode and under ``torch.func``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pyro_invflows.support.modes import forward_levels, in_forward_mode, in_func
 
 __all__ = ["solve_tanh", "tanh_root", "tanh_slope"]
 
-#: Scalar Newton steps before the first look at the residual, between later looks, and in all. 6 suffice as a rule;
-#: |d| near 1e8 takes 20.
+#: Scalar Newton steps before the residual is first checked, between later checks, and in all. Usually 6 suffice; |d|
+#: near 1e8 takes 20.
 _SCALAR_STEPS = 6
 _MORE_SCALAR_STEPS = 2
 _MAX_SCALAR_STEPS = 40
@@ -34,7 +35,7 @@ def tanh_slope(h: Tensor, d: Tensor) -> Tensor:
 
 
 def _start(c: Tensor, d: Tensor) -> Tensor:
-    """Return the side of the bracket from which Newton's method is monotone."""
+    """Return the end of the bracket from which Newton's method is monotone."""
     a = c.abs()
     t = d - 1
     shifted, scaled = a - t, a / d
@@ -54,18 +55,18 @@ def _status(met: Tensor, finite: Tensor) -> Tensor:
 def solve_tanh(c: Tensor, d: Tensor, settings: Newton | None = None) -> Solution:
     """Solve ``s + (d - 1) tanh(s) = c`` element by element; no gradient.
 
-    Every element takes six steps, which suffice as a rule; those that need more go on without the others.
+    Every element takes six steps, which usually suffice; elements that need more go on without the others.
 
     Args:
         c: Any shape.
         d: Positive, broadcasts with c.
-        settings: Tolerances; ``max_steps`` bounds the steps where it is below 40.
+        settings: Tolerances and ``max_steps``, of which at most 40 are taken.
     """
     return _scalar_newton(c, d, Newton() if settings is None else settings)[0]
 
 
 def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bool]:
-    """Return the solution, and whether every element is at rounding (then its status needs no look)."""
+    """Return the solution, and whether every element has converged to rounding error."""
     t = d - 1
     s = _start(c, d)
     size = t.abs() + 1 + c.abs()
@@ -79,7 +80,7 @@ def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bo
     if not blind and not todo.any():
         return Solution(s, torch.zeros_like(steps, dtype=torch.int8), steps, r), True
     if not blind and taken < bound:
-        # the few that are left, alone
+        # the remaining elements go on alone
         rows = (todo & r.isfinite()).reshape(-1).nonzero().squeeze(-1)
         flat, error, count = (a.reshape(-1) for a in (s, r, steps))
         parts = [a.expand(s.shape).reshape(-1)[rows] for a in (c, d, t, goal)]
@@ -100,14 +101,14 @@ def _scalar_steps(s: Tensor, c: Tensor, d: Tensor, t: Tensor, count: int) -> tup
     least = d.clamp_max(1)
     for _ in range(count):
         h = torch.tanh(s)
-        # a cheaper form of the slope: only the step depends on its rounding, which may leave nothing of it
+        # a cheaper form of the slope, bounded because rounding may leave nothing of it; only the step depends on it
         slope = torch.maximum(torch.addcmul(d, h * h, t, value=-1), least)
         s = torch.addcdiv(s, torch.addcmul(s - c, t, h), slope, value=-1)
     return s, torch.addcmul(s - c, t, torch.tanh(s)).abs()
 
 
 class _TanhRoot(torch.autograd.Function):
-    """``s(c, d)``. Its derivative is written with its own output, so that it has derivatives of every order."""
+    """``s(c, d)``. Its derivative is a function of its own output, so that it has derivatives of every order."""
 
     @staticmethod
     def forward(c: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:
@@ -159,7 +160,7 @@ def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: li
         moved.append(t)
     if all(t.dim() - event < depth + 1 for t, event in zip(moved, events, strict=True)):
         return moved
-    # the output must carry the dimension even where c does not
+    # the output must have the dimension even if c does not
     size = next(t.shape[0] for t, dim in zip(moved, in_dims, strict=False) if dim is not None)
     c = moved[0]
     if c.dim() - events[0] < depth + 1:
@@ -169,18 +170,18 @@ def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: li
 
 
 def _needs_graph(*tensors: Tensor) -> bool:
-    """Whether anything could ask for a derivative; where not, an autograd function only costs time."""
+    """Whether a derivative may be requested; if not, an autograd function would only cost time."""
     return in_functorch() or in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: str = "tanh_root") -> Tensor:
-    """Return the s with ``s + (d - 1) tanh(s) = c``, element by element, differentiable in c and d.
+    """Return the solution of ``s + (d - 1) tanh(s) = c``, element by element, differentiable in c and d.
 
     Args:
         c: Any shape; each element counts as a row.
         d: Positive, broadcasts with c.
         settings: Tolerances and what to do on failure.
-        owner: Whom an error names.
+        owner: Name used in error messages.
 
     Raises:
         ConvergenceError: if an element did not converge and the settings say so.

@@ -1,7 +1,7 @@
-r"""The triangular system that Sylvester layers reduce to, solved at any legal parameters.
+r"""The triangular system that Sylvester layers reduce to, solved for any valid parameters.
 
-The system :math:`s + T \tanh(s) = c`, with T upper triangular and :math:`T_{ii} = d_i - 1 > -1`, is m scalar equations
-by back-substitution; cheaper iterations are tried first.
+Back-substitution reduces the system :math:`s + T \tanh(s) = c`, with T upper triangular and :math:`T_{ii} = d_i - 1 >
+-1`, to m scalar equations; cheaper iterations are tried first.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["solve_triangular_tanh", "triangular_tanh_root"]
 
 #: Triangular Newton steps.
 _MAX_STEPS = 8
-#: Diagonal Newton steps between two looks, and in all.
+#: Diagonal Newton steps between two checks of the residual, and in all.
 _CHEAP_STEPS = 3
 _MAX_CHEAP_STEPS = 15
-#: The last rows go on alone once they are at most this fraction.
+#: The remaining rows go on without the others once they are at most this fraction of all.
 _GATHER_BELOW = 0.25
 
 
 def _newton_matrix(h: Tensor, strict: Tensor, d: Tensor) -> Tensor:
-    """Return ``I + T diag(h')``, upper triangular, its diagonal without cancellation."""
+    """Return ``I + T diag(h')``, upper triangular; its diagonal is computed without cancellation."""
     slope = 1 - h * h
     return strict * slope.unsqueeze(-2) + torch.diag_embed(tanh_slope(h, d))
 
@@ -46,20 +46,20 @@ def solve_triangular_tanh(
 ) -> Solution:
     """Solve ``s + (d - 1) tanh(s) + strict tanh(s) = c``, with ``strict`` strictly upper triangular; no gradient.
 
-    Diagonal Newton steps for all rows first: what they neglect is nilpotent. Then Newton steps with the triangular
-    matrix for the rows that still need it, and back-substitution, which cannot fail, for the rest. A row has
-    converged when each equation holds to within ``atol + rtol`` times the size of its terms.
+    All rows first take Newton steps with the diagonal of the Jacobian; what these neglect is nilpotent. Rows that need
+    more take Newton steps with the triangular Jacobian, and the rest is solved by back-substitution, which cannot fail.
+    A row has converged when each equation holds to within ``atol + rtol`` times the size of its terms.
 
     Args:
         c: ``(*S, m)``.
         strict: ``(*B, m, m)``; B broadcasts with S.
         d: ``(*B, m)``, positive.
         settings: Tolerances; ``max_steps`` bounds the triangular Newton steps, by default 8.
-        cheap_steps: Bound on the diagonal steps.
+        cheap_steps: Maximum number of diagonal steps.
 
     Returns:
         The solution; ``num_steps`` counts diagonal and triangular steps of a row together, and is one more than
-        their bound where back-substitution finished it.
+        their maximum if back-substitution solved it.
     """
     settings = Newton() if settings is None else settings
     system = _System(c, strict, d)
@@ -71,7 +71,7 @@ def solve_triangular_tanh(
     todo = system.c.isfinite().all(-1)
     s, r, steps, todo = _diagonal_steps(system, _start(system.c, d), todo, cheap_steps, goal, share=_GATHER_BELOW)
     if todo.any():
-        # the last rows go on alone, as they would have done among the others
+        # the remaining rows go on alone, with the steps that they would have taken among the others
         some, taken = system.rows(todo), steps[todo]
         left = torch.ones_like(taken, dtype=torch.bool)
         rest, r_rest, more, left = _diagonal_steps(some, s[todo], left, cheap_steps - int(taken.amax()), goal)
@@ -88,11 +88,11 @@ def solve_triangular_tanh(
 def _diagonal_steps(
     system: _System, s: Tensor, todo: Tensor, bound: int, goal: float, share: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Take diagonal Newton steps until no more than a share of the rows has work left.
+    """Take diagonal Newton steps until at most a share of the rows still needs more.
 
     Returns:
-        The points, their residuals, the steps of each row, and whether it has work left. A row stops where it would
-        stop alone.
+        The points, their residuals, the number of steps of each row, and whether it still needs more. A row stops at
+        the step at which it would stop alone.
     """
     small = goal * system.size
     h, r = system.look(s)
@@ -105,11 +105,11 @@ def _diagonal_steps(
             old, old_r = new, new_r
             new = system.diagonal_step(new, new_h, new_r)
             new_h, new_r = system.look(new)
-        # the point before the last step decides: that step takes it to rounding
+        # the point before the last step decides: that step reduces its error to rounding
         done = todo & (old_r.abs() <= small).all(-1)
         now_left = left - int(done.sum())
         if now_left < left:
-            # or away from it, where the slope nearly vanishes
+            # or increases it, if the slope nearly vanishes
             worse = (done & (new_r.abs().amax(-1) > old_r.abs().amax(-1))).unsqueeze(-1)
             new, new_r = torch.where(worse, old, new), torch.where(worse, old_r, new_r)
         if left < count:
@@ -130,11 +130,11 @@ class _System:
         self.transposed = strict.mT + torch.diag_embed(d - 1)
         batch = torch.broadcast_shapes(c.shape[:-1], d.shape[:-1], strict.shape[:-2])
         self.c = c.expand(*batch, c.shape[-1])
-        #: Size of the terms that the residual is a difference of, a bound on rounding
+        #: Size of the terms of the residual, for its rounding error
         self.size = 1 + self.transposed.abs().sum(-2) + self.c.abs()
 
     def rows(self, mask: Tensor) -> _System:
-        """Return the system of the chosen rows only."""
+        """Return the system of the selected rows."""
         m = self.c.shape[-1]
         strict, d = self.strict, self.d
         if strict.dim() > 2 or d.dim() > 1:
@@ -155,7 +155,7 @@ class _System:
         return torch.addcdiv(s, r, torch.addcmul(self.d, h * h, self.d - 1, value=-1), value=-1)
 
     def back_substitution(self, settings: Newton) -> Tensor:
-        """Solve exactly, the last coordinate first: m scalar equations."""
+        """Solve m scalar equations, that of the last coordinate first."""
         h: list[Tensor] = []
         s: list[Tensor] = []
         for i in reversed(range(self.c.shape[-1])):
@@ -180,8 +180,8 @@ def _triangular_step(system: _System, s: Tensor, r: Tensor) -> tuple[Tensor, Ten
 
 
 def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve by triangular Newton steps, then by back-substitution; the rows are one flat dimension."""
-    s = torch.where(s.isfinite(), s, _start(system.c, system.d))  # a diagonal step may have thrown a row far out
+    """Solve by triangular Newton steps, then by back-substitution; the rows are a single flat dimension."""
+    s = torch.where(s.isfinite(), s, _start(system.c, system.d))  # a diagonal step may have sent a row far away
     r = system.residual(s)
     steps = torch.zeros(s.shape[0], dtype=torch.int32, device=s.device)
     active = torch.ones_like(steps, dtype=torch.bool)
@@ -192,7 +192,7 @@ def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> t
         steps += active
         active = ~(r.abs() <= goal * system.size).all(-1)
     done = ~active
-    if settings.polish and done.any():  # to rounding, as above
+    if settings.polish and done.any():  # a further step, to rounding error
         new_s, new_r = _triangular_step(system.rows(done), s[done], r[done])
         better = (new_r.abs().amax(-1) <= r[done].abs().amax(-1)).unsqueeze(-1)
         s[done], r[done] = torch.where(better, new_s, s[done]), torch.where(better, new_r, r[done])
@@ -205,7 +205,7 @@ def _finish_rows(system: _System, s: Tensor, settings: Newton, goal: float) -> t
 
 
 class _TriangularRoot(torch.autograd.Function):
-    """``s(c, strict, d)``, likewise."""
+    """``s(c, strict, d)``, differentiated like the scalar root."""
 
     @staticmethod
     def forward(c: Tensor, strict: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:
@@ -263,14 +263,14 @@ def triangular_tanh_root(
     *,
     owner: str = "triangular_tanh_root",
 ) -> Tensor:
-    """Return the s with ``s + (d - 1) tanh(s) + strict tanh(s) = c``, differentiable in all three.
+    """Return the solution of ``s + (d - 1) tanh(s) + strict tanh(s) = c``, differentiable in c, strict and d.
 
     Args:
         c: ``(*S, m)``.
         strict: ``(*B, m, m)``, strictly upper triangular; B broadcasts with S.
         d: ``(*B, m)``, positive.
         settings: As in :func:`solve_triangular_tanh`, and what to do on failure.
-        owner: Whom an error names.
+        owner: Name used in error messages.
 
     Raises:
         ConvergenceError: if a row did not converge and the settings say so.
