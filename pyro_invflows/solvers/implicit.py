@@ -95,8 +95,8 @@ def implicit_gradient(
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
     if not torch.compiler.is_compiling() and is_tracing():
         raise NotImplementedError(
-            f"{owner}: torch.jit.trace (JitTrace_ELBO) would fix the number of steps that these data take, for all later "
-            "data. Use Trace_ELBO, or torch.compile."
+            f"{owner}: torch.jit.trace (JitTrace_ELBO) would fix the number of steps that these data take, for all "
+            "later data. Use Trace_ELBO, or torch.compile."
         )
     x = x.detach()
     functorch = in_functorch()
