@@ -7,7 +7,6 @@ door handles layers only, and never asks again what kind of transform it has.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import operator
@@ -113,8 +112,6 @@ class Foreign(Bijection):
 
     def _copy(self) -> Any:
         """Return the transform for one evaluation."""
-        if torch.compiler.is_compiling():
-            return self._inner
         own = _without_cache(self._inner)
         for name, buffer in self._tensors.items():
             own.__dict__[name] = self._buffers[buffer]
@@ -202,7 +199,7 @@ class Foreign(Bijection):
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
         own = self._copy()
-        return own.inv(y), own
+        return own._inv_call(y), own  # without the inverse transform, which would be kept
 
     def _aux(self, x: Tensor, y: Tensor) -> Any:
         return self._copy()
@@ -225,10 +222,10 @@ def _without_cache(transform: Any) -> Any:
     """Return a shallow copy with an empty cache, also of the transforms in its lists."""
     if isinstance(transform, Bijection):
         return transform
-    own = copy.copy(transform)
-    own._cached_x_y = None, None
-    for name, value in vars(own).items():
-        if isinstance(value, list | tuple) and any(isinstance(item, Transform) for item in value):
+    own = object.__new__(type(transform))  # copy.copy does the same, but cannot be compiled
+    own.__dict__.update(transform.__dict__, _inv=None, _cached_x_y=(None, None))
+    for name, value in transform.__dict__.items():
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Transform) for item in value):
             own.__dict__[name] = [_without_cache(t) if isinstance(t, Transform) else t for t in value]
     return own
 
