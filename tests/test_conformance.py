@@ -149,21 +149,6 @@ def test_functional_call(case, dim):
     torch.testing.assert_close(torch.func.functional_call(layer, new, (x,)), other(x))
 
 
-@pytest.mark.parametrize("run", [call_and_ladj, inv_and_ladj], ids=["forward", "inverse"])
-@pytest.mark.parametrize(("case", "dim"), SMALL)
-def test_compiles_without_a_graph_break(case, dim, run):
-    layer, x = case.build(dim), case.points(dim)
-    x = x if run is call_and_ladj else layer(x).detach()
-    torch.compiler.reset()
-    compiled = torch.compile(lambda v: run(layer, v), fullgraph=True, backend="eager")
-    if "eager inverse" in case.tags and run is inv_and_ladj:
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            compiled(x)
-        return
-    for actual, expected in zip(compiled(x), run(layer, x.clone()), strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
 @pytest.mark.parametrize("cache_size", [0, 1])
 @pytest.mark.parametrize(("case", "dim"), SMALL)
 def test_inside_torch_distributions(case, dim, cache_size):
