@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Iterable
 from functools import partial
@@ -18,7 +20,12 @@ __all__ = [
     "floating_tensor",
     "integer",
     "is_int",
+    "is_size",
+    "one_number",
     "positive_int",
+    "positive_number",
+    "real_number",
+    "size_only",
     "widths",
 ]
 
@@ -94,3 +101,43 @@ def described(value: Any) -> str:
     if isinstance(value, (int, float, str)):
         return f"{value!r}."
     return f"{type(value).__name__}."
+
+
+def real_number(value: float, name: str, owner: str) -> float:
+    """Check a number and return it as a float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{owner}: {name} must be a number, but got {value!r}.")
+    return float(value)
+
+
+def positive_number(value: float, name: str, owner: str) -> float:
+    """Check a positive finite number and return it as a float."""
+    number = real_number(value, name, owner)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{owner}: {name} must be positive and finite, but got {value!r}.")
+    return number
+
+
+def is_size(value: float | None, owner: str) -> bool:
+    """Whether a factory's first argument is ``input_dim`` or was left out. If not, it is some other number."""
+    if value is None or (isinstance(value, numbers.Integral) and not isinstance(value, bool)):
+        positive_int(1 if value is None else int(value), "input_dim", owner)
+        return True
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{owner}: input_dim must be an int, but got {value!r}.")
+    return False
+
+
+def size_only(value: float | None, owner: str, hint: str = "") -> None:
+    """Refuse a number where only ``input_dim`` can be meant."""
+    if not is_size(value, owner):
+        raise TypeError(f"{owner}: input_dim must be an int, but got the number {value!r}.{hint}")
+
+
+def one_number(value: float | None, keyword: float | None, default: float, name: str, owner: str) -> float:
+    """Return the only number that a layer takes, given by keyword or as a float in place of ``input_dim``."""
+    if is_size(value, owner):
+        return default if keyword is None else keyword
+    if keyword is not None:
+        raise TypeError(f"{owner}: {name} was given twice, as {value!r} and as {name}={keyword!r}.")
+    return value  # type: ignore[return-value]

@@ -1,25 +1,16 @@
 """The layers, one family a file."""
 
 from pyro_invflows.transforms.activations import (
-    ELU,
-    SELU,
     Baird,
-    Interval,
     LeakyReLU,
     PReLU,
-    Sigmoid,
-    Tanh,
     baird,
     conditional_baird,
     conditional_prelu,
-    elu,
-    interval,
     leaky_relu,
     prelu,
-    selu,
-    sigmoid,
-    tanh,
 )
+from pyro_invflows.transforms.bounded import ELU, SELU, Interval, Sigmoid, Tanh, elu, interval, selu, sigmoid, tanh
 from pyro_invflows.transforms.contractive_residual import (
     ContractiveResidual,
     conditional_contractive_residual,
