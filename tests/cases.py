@@ -1,6 +1,6 @@
 """The one registry: every exported layer has at least one row here, and every row runs every conformance test.
 
-A new layer is one line. ``tags`` say what a row cannot do; the suite asserts that it then says so.
+A new layer is one line. ``tags`` name what a row cannot do; the suite asserts that it then raises an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Case:
     tags: frozenset[str] = field(default_factory=frozenset)
 
     def build(self, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transform:
-        """Build the layer with U(-1, 1) added to every parameter, so that nothing is right because it is zero."""
+        """Build the layer with U(-1, 1) added to every parameter, so that nothing is right only because it is zero."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layer = self.make(dim).to(dtype)
@@ -100,12 +100,12 @@ def _image_chain(dim: int) -> pf.Chain:
 
 
 def on_meta() -> bool:
-    """Whether tensors are made without values now: what is fitted to data then has to be loaded."""
+    """Whether tensors are being made without values, so that layers fitted to data have to be loaded."""
     return torch.get_default_device().type == "meta"
 
 
 def _negative_diagonal(dim: int) -> pf.Diagonal:
-    """Return a layer with every other sign negative; which, depends on the seed."""
+    """Return a layer with every other sign negative; the seed decides which."""
     signs = torch.arange(1, dim + 1) + torch.initial_seed() % 2
     return pf.diagonal(dim) if on_meta() else pf.Diagonal.from_matrix(torch.diag((-1.5) ** signs))
 
@@ -117,7 +117,7 @@ def _contraction(dim: int) -> torch.nn.Sequential:
 
 
 def fitted(layer: pf.Whitening) -> pf.Whitening:
-    """Show a whitening correlated rows of its own width; the mean is not zero. Another seed, other rows."""
+    """Fit a whitening layer to correlated rows with a nonzero mean, which depend on the seed."""
     if on_meta():
         return layer
     d = layer.input_dim
@@ -126,11 +126,11 @@ def fitted(layer: pf.Whitening) -> pf.Whitening:
     return layer.fit(rows if layer.dim == -1 else rows[..., None, None])
 
 
-# What changes the dimension of an event cannot keep the promises of a bijection (there is no Jacobian, a pass may
-# draw), so these have no row below. ``tests/test_noise.py`` checks what they promise instead, by this tag.
+# Layers that change the dimension of an event cannot keep the promises of a bijection (there is no Jacobian, and a pass
+# may draw noise), so these have no row below. ``tests/test_noise.py`` checks what they promise instead, by this tag.
 CHANGES_DIMENSION = {"ConcatNoise": "exact", "Slice": "bound"}
 
-#: What a layer with an iterative inverse may lack; the suite asserts that it then says so.
+#: Abilities that a layer with an iterative inverse may lack; the suite asserts that it then raises an error.
 FIRST_ORDER_INVERSE = frozenset({"first order inverse"})
 EAGER_INVERSE = FIRST_ORDER_INVERSE | {"eager inverse"}
 
@@ -224,7 +224,7 @@ CASES = [
         "whitening_trainable",
         "Whitening",
         lambda d: fitted(pf.whitening(d, method="cholesky", trainable=True)),
-        # not 33: with U(-1, 1) everywhere in a triangle of that size, its condition number says more than the layer
+        # not 33: a triangle of that size with entries U(-1, 1) is too ill-conditioned to test the layer
         dims=(1, 2, 5),
     ),
     Case("whitening_trainable_zca", "Whitening", lambda d: fitted(pf.whitening(d, trainable=True)), dims=(2, 5)),

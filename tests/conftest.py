@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the runner uses one process a core
+torch.set_num_threads(1)  # the runner uses one process per core
 
 
 @pytest.fixture(autouse=True)

@@ -196,7 +196,7 @@ def test_a_base_without_the_shape_of_an_event(conditional):
         ValueError, match=r"3 dimension\(s\).*Laplace, has the shape \(5,\).*zeros\(2, n, n\), .*to_event\(3\)"
     ):
         pf.Flow(dist.Laplace(torch.zeros(5), 1.0).to_event(1), [image])
-    assert pf.Flow(normal(4), [part])(*context).event_shape == (4,)  # torch makes a batch dimension an event's
+    assert pf.Flow(normal(4), [part])(*context).event_shape == (4,)  # torch made it from a batch dimension
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Layers that reach only a part of the real line: what lies outside has density 0, by every path.
+"""Layers that reach only a part of the real line: a point outside has density 0, however it is scored.
 
-Which layers these are is read off the codomains in the registry, so that a new one is covered.
+The layers are found by their codomains in the registry, so that a new one is covered.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_the_registry_has_bounded_layers():
 
 
 def ends(layer):
-    """Return the lower end, the upper end and the size of a layer's codomain, an element each."""
+    """Return the lower end, the upper end and the size of a layer's codomain, for each element."""
     like = torch.zeros(DIM, dtype=torch.float64)
     lower = like + getattr(layer.codomain, "lower_bound", -math.inf)
     upper = like + getattr(layer.codomain, "upper_bound", math.inf)
@@ -59,7 +59,7 @@ def outside(layer, distances=(0.1, 1.0, 50.0)):
 
 
 def flow_parts(case, dtype=torch.float64):
-    """Return [diagonal, bounded layer, diagonal], far from the start."""
+    """Return [diagonal, bounded layer, diagonal], far from their initial state."""
     first, last = (scatter(pf.diagonal(DIM)).to(dtype) for _ in range(2))
     return [first, case.build(DIM, dtype), last]
 
@@ -83,7 +83,7 @@ def _uncached(parts):
 
 
 def _separate(parts, y):
-    """Score as torch does, but on clones, which no memo knows."""
+    """Score as torch does, but on clones, so that no memo can answer."""
     chain = pf.Chain(parts)
     x = chain.inv(y)
     return base(y.dtype).log_prob(x) - chain.log_abs_det_jacobian(x.clone(), y.clone())
@@ -146,7 +146,7 @@ def test_unreachable_points_have_density_zero(case, path, dtype):
 
 @pytest.mark.parametrize("case", BOUNDED)
 def test_last_layer(case):
-    """With validation a ValueError, as for any distribution; without it, density 0."""
+    """With validation, such a point raises a ValueError, as for any distribution; without it, its density is 0."""
     layer = case.build(DIM)
     y = outside(layer)
     for kind in (pf.FlowDistribution, dist.TransformedDistribution):
@@ -198,7 +198,7 @@ def test_border_and_rounding_beside_it(case, dtype):
 @pytest.mark.parametrize("dim", [1, 8, 64])
 @pytest.mark.parametrize("case", BOUNDED)
 def test_saturated_samples_are_within_reach(case, dim, dtype, scale, depth):
-    """A sample on the border comes back through the layers behind it with their rounding."""
+    """A sample on the boundary comes back through the layers behind it with their rounding errors."""
     parts = [case.build(dim, dtype)]
     for _ in range(depth):
         parts += [scatter(pf.diagonal(dim)), scatter(pf.orthogonal(dim))]
@@ -214,7 +214,7 @@ def test_saturated_samples_are_within_reach(case, dim, dtype, scale, depth):
 
 @pytest.mark.parametrize("case", BOUNDED)
 def test_several_bounded_layers(case):
-    """Infinities of several layers meet: none cancels another."""
+    """The infinite log-dets of several layers must not cancel each other."""
     one, two, three = scatter(pf.diagonal(DIM)).double(), scatter(pf.diagonal(DIM)).double(), pf.Tanh()
     middle = scatter(pf.diagonal(DIM)).double()
     layer = case.build(DIM)
@@ -235,7 +235,7 @@ def test_several_bounded_layers(case):
 
 @pytest.mark.parametrize("case", BOUNDED)
 def test_inverse_of_a_bounded_layer(case):
-    """A point outside the domain goes where the border goes, and its log q is +inf: the worst loss for a guide."""
+    """A point outside the domain maps to the boundary's image, and its log q is +inf: the worst loss for a guide."""
     layer = case.build(DIM)
     x = outside(layer).requires_grad_()
     for inverse in (layer.inv, pf.Inverted(layer), pf.Inverted(layer, cache_size=0), pf.Chain([pf.Inverted(layer)])):
@@ -350,7 +350,7 @@ def test_compiled(case):
 
 @pytest.mark.parametrize("case", BOUNDED)
 def test_particles_out_of_reach(case):
-    """What a Slice draws out of reach weighs nothing; a row with no other particles spoils no gradient."""
+    """Particles that a Slice draws out of reach have weight 0; a row with no others must not spoil the gradient."""
     torch.distributions.Distribution.set_default_validate_args(False)
     noise = dist.Normal(torch.zeros(1, dtype=torch.float64), 3.0).to_event(1)
     first, layer = scatter(pf.diagonal(DIM)).double(), case.build(DIM)
@@ -378,7 +378,7 @@ def test_particles_out_of_reach(case):
     ids=lambda value: type(value).__name__,
 )
 def test_foreign_transforms(transform, clamps):
-    """One that clamps has density 0 outside; the others say NaN, which nobody takes for a density."""
+    """A transform that clamps has density 0 outside; the others return NaN, which cannot be mistaken for a density."""
     parts = [scatter(pf.diagonal(DIM)).double(), transform, scatter(pf.diagonal(DIM)).double()]
     y = parts[-1](torch.tensor([[0.5, 0.5], [-3.0, 0.5], [0.5, -1.1]], dtype=torch.float64)).detach()
     torch.distributions.Distribution.set_default_validate_args(False)

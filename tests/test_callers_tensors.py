@@ -1,4 +1,4 @@
-"""The caller's tensors are never written to, also not by a network that works in place."""
+"""The caller's tensors are never written to, not even by a network that works in place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_invflows import call_and_ladj, inv_and_ladj
 
 
 class _Watched:
-    """A tensor of the caller's, and what it was."""
+    """A tensor of the caller, with its original value."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.copy, self.version = value, value.detach().clone(), value._version
@@ -26,7 +26,7 @@ class _Watched:
 
 
 def use(layer, x: Tensor, y: Tensor, context: Tensor | None = None) -> list[Tensor]:
-    """Go through every entry with and without gradients; nothing that was given may change."""
+    """Call every entry point with and without gradients; no argument may change."""
     results: list[Tensor] = []
     for grad in (False, True):
         x, y = x.detach().clone().requires_grad_(grad), y.detach().clone().requires_grad_(grad)
@@ -79,7 +79,7 @@ def _contraction(inplace: bool) -> nn.Sequential:
     )
 
 
-#: Layers with networks that begin in place, or are in place inside; event (4,) or (4, 2, 3).
+#: Layers whose networks start, or continue, with an in-place module; event (4,) or (4, 2, 3).
 IN_PLACE = {
     "coupling": lambda i: pf.AffineCoupling(2, nn.Sequential(_relu(i), nn.Linear(2, 4))),
     "coupling, nested": lambda i: pf.AffineCoupling(
@@ -140,7 +140,7 @@ def test_modules_may_be_exchanged_for_ones_that_work_in_place():
 
 
 class _WritesFirst(nn.Module):
-    """Works in place and does not say so."""
+    """Works in place without an attribute that shows it."""
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ def test_a_copy_of_a_layer_keeps_the_promise():
 
 
 class _InPlace(pf.Elementwise):
-    """Doubles, and in place."""
+    """Doubles its input in place."""
 
     def _function(self, x: Tensor) -> Tensor:
         return x.mul_(2)

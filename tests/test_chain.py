@@ -350,7 +350,7 @@ def test_recompute_with_a_computed_context_shared_by_several_couplings():
 
 
 def test_recompute_takes_the_plain_path_around_tensors_that_it_cannot_exchange():
-    """Trainable tensors of foreign parts, and computed ones inside torch's wrappers or put there by functional_call."""
+    """Trainable tensors of foreign parts, and computed tensors inside torch's wrappers or set by functional_call."""
     scale = torch.tensor(2.0, requires_grad=True)
     context = torch.randn(2, 2, requires_grad=True)
     conditional = scatter(pf.conditional_baird(3, 2))

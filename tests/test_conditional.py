@@ -74,7 +74,7 @@ def test_one_context_scores_any_data(case):
 @pytest.mark.parametrize("case", CONDITIONAL)
 @pytest.mark.parametrize("batch", [(70,), (2, 40)], ids=str)
 def test_many_contexts(case, batch):
-    """Batches larger than whatever a layer looks at first."""
+    """Batches larger than any number of rows that a layer inspects first."""
     conditional, base = build(case)
     context = torch.randn(*batch, CONTEXT_DIM, dtype=torch.float64)
     layer, x = conditional.condition(context), base.sample(batch)
@@ -316,7 +316,7 @@ def test_layers_inside_torchs_wrappers_are_conditioned():
 
 
 class Own(torch.nn.Module):
-    """Not a Sequential, with state that a call changes in training mode, and random."""
+    """A random network, not a Sequential, whose state changes when it is called in training mode."""
 
     def __init__(self, out, context_dim=CONTEXT_DIM):
         super().__init__()
@@ -337,14 +337,14 @@ def own_parameters(case):
 
 @pytest.mark.parametrize("case", [p for p in CONDITIONAL if own_parameters(p.values[0])])
 def test_any_module_is_a_hypernetwork(case):
-    """It sets what the library's own network would with the same output."""
+    """It sets the same parameters that the library's own network would set with the same output."""
     reference, base = build(case)
     size = own_parameters(case)
     net = Own(size).double().eval()
     conditional = pf.Conditional(copy.deepcopy(reference.template), CONTEXT_DIM, hypernet=net)
     assert conditional.hypernet is net
     context = torch.randn(7, CONTEXT_DIM, dtype=torch.float64)
-    reference.hypernet = torch.nn.Linear(CONTEXT_DIM, size).double()  # whose output is that of net
+    reference.hypernet = torch.nn.Linear(CONTEXT_DIM, size).double()  # a stand-in that returns the output of net
     reference.hypernet.forward = net.forward
     for batch in (context, context[0], context.reshape(7, 1, CONTEXT_DIM)):
         x = base.sample((7,))
@@ -366,7 +366,7 @@ def test_where_its_output_goes():
     x = torch.randn(4, 3)
     log_scale, bias, last = (p + s for p, s in zip(template.parameters(), shifts.split(3, -1), strict=True))
     torch.testing.assert_close(layer(x), x * log_scale.exp() + bias + last)
-    # a start of one's own: the identity only where the network returns zeros
+    # an initial output of its own: the conditioned layer equals the template only if the network returns zeros
     assert not torch.allclose(layer(x), template(x))
     torch.nn.init.zeros_(net.weight)
     torch.nn.init.zeros_(net.bias)

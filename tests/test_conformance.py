@@ -127,7 +127,7 @@ def test_functorch(case, dim):
 
 @pytest.mark.parametrize(("case", "dim"), SMALL)
 def test_inference_mode_gives_the_same(case, dim):
-    """Layers that differentiate inside themselves must not find that nothing is recorded."""
+    """Layers that use autograd internally must work although inference mode records nothing."""
     layer, x = case.build(dim), case.points(dim)
     y = layer(x).detach()
     for run, start in ((call_and_ladj, x), (inv_and_ladj, y)):
@@ -136,7 +136,7 @@ def test_inference_mode_gives_the_same(case, dim):
             got = run(layer, start.clone())
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a.clone(), b.detach())
-    layer(x.clone().requires_grad_()).sum().backward()  # nothing of it is left behind
+    layer(x.clone().requires_grad_()).sum().backward()  # leaves nothing behind
 
 
 @pytest.mark.parametrize(("case", "dim"), SMALL)
@@ -194,7 +194,7 @@ def test_a_point_far_out_inverts(case):
     torch.testing.assert_close(layer(x.detach().clone()), y, rtol=1e-9, atol=1e-9)
 
 
-#: Their inverses solve equations to a tolerance, which rounding to half precision would keep out of reach.
+#: Their inverses solve equations to a tolerance that half precision could not reach.
 SOLVED = {
     "Planar",
     "Radial",
@@ -219,7 +219,7 @@ def test_both_directions_under_autocast(case, dim, half):
         if case.layer in SOLVED:
             torch.testing.assert_close([r.detach() for r in results], expected, rtol=1e-4, atol=1e-5)
             assert layer.inv(y.to(half)).dtype == torch.float32
-        (results[0].float().sum() + results[1].float().sum()).backward()  # inside: some do not know better
+        (results[0].float().sum() + results[1].float().sum()).backward()  # under autocast, as some users do
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
     if case.conditional is not None:
         conditional, context = case.conditional(dim, 2), torch.randn(3, 2)

@@ -1,4 +1,4 @@
-"""Contractions keep their bound under hostile training, in train and eval, right after loading, before any call."""
+"""Contractions keep their bound under adversarial training, in train and eval mode, right after loading."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ F64 = torch.float64
 
 
 def acting_norm(module):
-    """The true norm, by the SVD in double precision, of what acts."""
+    """Return the true norm of the matrices that are applied, by an SVD in double precision."""
     if isinstance(module, (ContractiveMLP, pf.LowRankResidual)):  # what is bounded is the product
         weights = module.contracted() if isinstance(module, ContractiveMLP) else module._network().weights
         return torch.stack([svd_norm(w.detach().double()) for w in weights]).prod()
@@ -65,7 +65,7 @@ def test_hostile_training(name, optimiser):
         if optimiser == "adam"
         else torch.optim.SGD(module.parameters(), lr=1.0)
     )
-    # large targets: the loss falls by making the map as steep as it may become
+    # large targets: the loss falls as the map becomes as steep as it can
     x, target = torch.randn(8, *event), 10 * torch.randn(8, *module(torch.zeros(8, *event)).shape[1:])
     worst = 0.0
     for i in range(200):
@@ -130,7 +130,7 @@ def test_activations(make):
 
 @pytest.mark.parametrize("make", [LipSwish, Sine, nn.Tanh])
 def test_derivatives_of_slopes(make):
-    """To the point and to the activation's own parameters, twice."""
+    """First and second derivatives with respect to the point and to the activation's parameters."""
 
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -255,7 +255,7 @@ def test_held_weights_are_computed_once_and_keep_their_gradient(monkeypatch):
         thread = threading.Thread(target=lambda: (module(x), seen.append(len(calls))))
         thread.start()
         thread.join()
-    assert seen == [5]  # a thread of its own holds nothing
+    assert seen == [5]  # another thread holds no weights
 
 
 def test_bounds_of_networks():

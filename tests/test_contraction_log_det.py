@@ -1,4 +1,4 @@
-"""Determinants of ``I + A diag(s) B diag(t)`` by elimination of all points at once, against torch's LU."""
+"""Determinants of ``I + A diag(s) B diag(t)`` by elimination for all points at once, against torch's LU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_invflows.linalg import accretive
 
 
 def factors(k: int, n: int, points: int, norm: float, dtype: torch.dtype, outer: bool = True) -> list:
-    """Draw factors whose product has at most the norm."""
+    """Draw factors whose product has at most the given norm."""
     torch.manual_seed(0)
     left, right = torch.randn(k, n, dtype=torch.float64), torch.randn(n, k, dtype=torch.float64)
     left, right = left / torch.linalg.matrix_norm(left, 2), norm * right / torch.linalg.matrix_norm(right, 2)
@@ -39,7 +39,7 @@ def is_eliminated(value: torch.Tensor) -> bool:
 @pytest.mark.parametrize("outer", [True, False])
 @pytest.mark.parametrize(("k", "n", "points"), [(1, 3, 2000), (2, 2, 1000), (7, 40, 300), (28, 28, 500), (32, 5, 70)])
 def test_value_and_gradients(k, n, points, outer):
-    # 500 matrices of side 28 are worked on in two parts
+    # 500 matrices of side 28 are processed in two parts
     given = factors(k, n, points, 0.999, torch.float64, outer)
     value, expected = linalg.contraction_log_det(*given), reference(*given)
     assert is_eliminated(value)

@@ -1,4 +1,4 @@
-"""A default device other than the data's changes nothing: what is computed stays where layer and data are.
+"""A default device other than that of the data has no effect: results are on the device of layer and data.
 
 The meta device stands in for a GPU: whatever ends up there by mistake cannot be computed with.
 """

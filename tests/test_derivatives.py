@@ -1,4 +1,4 @@
-"""Second derivatives, whatever modes they are taken in: right, or refused."""
+"""Second derivatives in any combination of modes are right, or raise an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = torch.linspace(0.5, 1.5, 100, dtype=torch.float64)
 
 
 def mixed(value):
-    """Make one number of everything, of which no second derivative vanishes by chance."""
+    """Reduce everything to one number, none of whose second derivatives vanishes by chance."""
     flat = value.reshape(-1)
     return (WEIGHTS[: flat.numel()] * flat).sin().sum()
 
@@ -29,7 +29,7 @@ def gradient(function, x):
 
 
 def by_differences(function, x, direction):
-    """The derivative of the gradient along a direction, without a second derivative by anyone."""
+    """Return the derivative of the gradient along a direction, by finite differences."""
     step = 1e-5 * direction
     return (gradient(function, x + step) - gradient(function, x - step)) / 2e-5
 

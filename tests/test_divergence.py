@@ -1,4 +1,4 @@
-"""kl_divergence of two flows: the closed form for Gaussians, and what is refused."""
+"""kl_divergence of two flows: the closed form for Gaussians, and cases that raise an error."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_noise_that_depends_on_its_input_adds_nothing():
 
 @pytest.mark.parametrize("score", ["data", "sample"])
 def test_a_slice_is_refused(score):
-    """The bases differ in what is dropped alone, so the divergence is 0; that of the bases is 4.5."""
+    """The bases differ only in what is dropped, so the divergence is 0; that of the bases is 4.5."""
     layers = pf.Chain([pf.Slice(standard(1), score=score)])
     p, q = (
         pf.Flow(dist.Normal(torch.tensor([0.0, mean]).double(), torch.ones(2).double()).to_event(1), layers)()

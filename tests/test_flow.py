@@ -66,7 +66,7 @@ def test_the_base_is_cloned():
 
 
 def test_a_base_whose_tensors_require_gradients_is_refused():
-    """It was copied without a word, and the caller's parameter stayed at its start."""
+    """A silent copy would leave the caller's parameter at its initial value."""
     loc = torch.nn.Parameter(torch.zeros(3))
     mixture = dist.Categorical(logits=torch.zeros(2, requires_grad=True))
     parts = dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)
@@ -86,7 +86,7 @@ def test_a_base_whose_tensors_require_gradients_is_refused():
 
 
 def test_both_remedies_train_the_location_of_the_base():
-    """Maximum likelihood, whose closed form is the mean of the data pulled back."""
+    """Maximum likelihood, whose closed form is the mean of the inverted data."""
     chain = scatter(pf.Chain([pf.orthogonal(2), pf.diagonal(2)])).requires_grad_(False)
     data = chain(torch.randn(50, 2) + torch.tensor([3.0, -2.0])).clone()
     loc = torch.zeros(2, requires_grad=True)
@@ -217,7 +217,7 @@ def test_every_call_gives_the_distribution_that_torch_builds(base_shape):
         assert d._validate_args == expected._validate_args
         y = d.sample((2,))
         torch.testing.assert_close(d.log_prob(y), expected.log_prob(y.clone()))
-    needs_event = pf.Flow(dist.Normal(torch.zeros(3), 1.0), layers(3))  # no to_event: torch makes it one
+    needs_event = pf.Flow(dist.Normal(torch.zeros(3), 1.0), layers(3))  # torch makes the batch an event
     assert needs_event().event_shape == (3,)
 
 
@@ -230,7 +230,7 @@ def test_rsample_and_log_prob_through_a_change_of_event_dimension():
 
 
 def test_a_distribution_tells_its_parameters_and_modules():
-    """What an optimiser of a bare distribution asks for, sbi's variational posterior for one."""
+    """Methods that code optimising a bare distribution calls, such as sbi's variational posterior."""
     base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
     inner, shared = pf.Flow(base, [pf.orthogonal(3)]), pf.affine_coupling(3, [8])
     foreign = dist.transforms.planar(3)

@@ -1,4 +1,4 @@
-"""Transforms of torch and Pyro inside the layers here: their caches, their hidden tensors, their copies."""
+"""torch's and Pyro's transforms inside this library's layers: their caches, hidden tensors and copies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def around(part):
 
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 def test_no_cache_of_a_foreign_module_answers(make):
-    """Neither where its entry has no graph, nor after its parameters have changed, nor in a copy."""
+    """It must not answer if its entry has no graph, if its parameters have changed, or in a copy."""
     for layer in around(make()):
         with torch.no_grad():
             y = layer(torch.randn(5, 4))
@@ -81,7 +81,7 @@ LOC = {
 
 @pytest.mark.parametrize("wrap", LOC.values(), ids=LOC)
 def test_tensors_of_foreign_parts_are_seen_at_any_depth(wrap):
-    """By the memo, and by a chain that recomputes."""
+    """Both the memo and a chain that recomputes must see them."""
     loc = torch.zeros(4, requires_grad=True)
     x = torch.randn(5, 4)
     chain = pf.Chain([pf.svd_linear(4), wrap(AffineTransform(loc, 2.0))])
@@ -211,7 +211,7 @@ def test_the_inverse_view_uses_the_memo_of_its_layer():
 
 
 def test_reconstruction_is_judged_by_the_size_of_each_event():
-    """Large entries in few events excuse nothing elsewhere, nor are small entries beside large ones refused."""
+    """Large entries in a few events do not loosen the tolerance of others; small beside large ones are accepted."""
     far = pf.Chain([scatter(pf.orthogonal(2))], recompute=True)
     x = torch.tensor([[1e4, 0.1], [0.3, -0.2], [0.0, 0.0]], requires_grad=True)
     sum(t.sum() for t in call_and_ladj(far, x)).backward()

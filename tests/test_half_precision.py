@@ -14,7 +14,7 @@ from pyro_invflows import call_and_ladj, inv_and_ladj
 
 HALF = [pytest.param(torch.bfloat16, id="bfloat16"), pytest.param(torch.float16, id="float16")]
 
-#: Computed in float32 inside: nothing but the result is rounded.
+#: Computed in float32 internally: only the result is rounded.
 ROUNDED_ONCE = {
     "ContractiveResidual",
     "GeneralizedSylvester",
@@ -42,7 +42,7 @@ def check(layer, name: str, x: Tensor) -> None:
     axes = tuple(range(1, x.dim()))
 
     def scale(value: Tensor) -> Tensor:
-        """The largest entry, of the event where nothing but the result is rounded."""
+        """Return the largest entry: that of the event if only the result is rounded."""
         return value.abs().amax(axes, keepdim=True) if once else value.abs().max()
 
     with torch.no_grad():
@@ -58,7 +58,7 @@ def check(layer, name: str, x: Tensor) -> None:
         assert back.dtype == inverse.dtype == half
         if once:
             assert_close(back, exact, units, scale(exact))
-        else:  # x may be ill-conditioned: what it maps to is y
+        else:  # x may be ill-conditioned: then it must map to y
             assert_close(y, reference(back.double()), units, scale(y.double()))
         if name == "ContractiveResidual" or not once:  # at the rounded x
             exact_ladj = -call_and_ladj(reference, back.double())[1]
@@ -109,7 +109,7 @@ def test_it_can_be_trained(case, dim, half):
 
 
 def test_ill_conditioned_layers_are_rounded_once():
-    """Where intermediate results in half precision would come back multiplied by the condition number."""
+    """Rounding intermediate results to half precision would be amplified by the condition number."""
     torch.manual_seed(0)
     for layer in (
         scatter(pf.svd_linear(5), 4.0),

@@ -69,7 +69,7 @@ class _Edit:
 @pytest.mark.parametrize("name", OPTIMISERS)
 @pytest.mark.parametrize("case", ALL)
 def test_data_is_scored_afresh_after_any_optimiser(case, name):
-    """Some optimisers bump no version: the same direction must recompute, for the very same tensor too."""
+    """Some optimisers do not bump versions: the same direction must recompute, even for the very same tensor."""
     dim = case.dims[-1]
     layer = case.build(dim)
     parameters = [p for p in layer.parameters() if p.numel()]

@@ -1,4 +1,4 @@
-"""``input_dim`` is the size along ``dim`` of what a layer takes, or None where any size will do."""
+"""``input_dim`` is the size that a layer requires along ``dim``, or None if any size will do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def takes(layer, shape):
     return True
 
 
-#: A row with a network of one's own, whose width the layer cannot know.
+#: A row with the user's own network, whose width the layer cannot know.
 UNKNOWN = {"contractive_residual_order_2"}
 
 
@@ -50,7 +50,7 @@ def test_every_layer_and_its_inverse(case, dim):
         assert layer.input_dim is None
     else:
         check(layer, event)
-    # what comes out is what the inverse takes
+    # the output is the input of the inverse
     out = layer(case.points(dim)).shape[-len(event) :]
     inverted = pf.Inverted(layer)
     assert inverted.input_dim == (None if layer.input_dim is None else out[inverted.dim])

@@ -17,7 +17,7 @@ from pyro_invflows import solvers
 
 
 def strangers(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[str]:
-    """Walk a layer for integers that are not Python's."""
+    """Search a layer for integers that are not Python's."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return
@@ -52,7 +52,7 @@ def test_context_dim(case):
     same(case.conditional(np.int32(dim), np.int64(2)), case.conditional(dim, 2))
 
 
-#: Every other size of every constructor; called with what makes the integers.
+#: Every other size of every constructor; each is called with the integer type to use.
 SIZES = {
     "dim": lambda i: pf.Diagonal(i(3), dim=i(-3)),
     "dim of a factory": lambda i: pf.affine_coupling(i(4), dim=i(-3)),

@@ -13,8 +13,8 @@ import pytest
 import pyro_invflows
 
 ROOT = Path(pyro_invflows.__file__).parent
-#: A folder a floor, the lowest first; folders on one floor do not know each other. Files beside them are uses, each on
-#: top of all floors.
+#: The folders by floors, the lowest first; folders on the same floor do not import each other. Files beside the folders
+#: may use every floor.
 FLOORS = [{"support"}, {"linalg"}, {"logdet", "networks", "solvers"}, {"core"}, {"transforms"}]
 
 
@@ -23,7 +23,7 @@ def parts(module: str) -> list[str]:
 
 
 def floor(module: str) -> int:
-    """Return the floor of a module: its folder's, one more for a use, two more for the package itself."""
+    """Return the floor of a module: that of its folder; one more for a file beside them, two more for the package."""
     folder, *_ = parts(module) or [""]
     for i, folders in enumerate(FLOORS):
         if folder in folders:
@@ -61,12 +61,12 @@ def test_imports_run_downwards(module):
 
 
 def test_no_circle():
-    """Within a folder, too, there is an order: whoever reads a module meets nothing that stands on it."""
+    """Modules can also be ordered within a folder: no module imports, even indirectly, one that imports it."""
     graph = {
         module: {other for other in imports(path) if other in MODULES and not module.startswith(other)}
         for module, path in MODULES.items()
     }
-    # what a folder gathers stands behind its modules
+    # a folder's own __init__ comes after its modules
     while graph:
         ready = {module for module, others in graph.items() if not others & graph.keys()}
         assert ready, f"a circle among {sorted(graph)}"
@@ -85,7 +85,7 @@ def test_torch_private_state_is_read_in_one_place():
 
 
 def test_import_is_inert():
-    """No patch, no global default, no random number, no pyplot: the package leaves no trace but itself."""
+    """Importing the package patches nothing, changes no global default, draws no random number and loads no pyplot."""
     code = """
 import torch, pyro, pyro.distributions as dist
 def state():

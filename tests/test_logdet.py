@@ -71,7 +71,7 @@ def test_the_gradient_of_the_roulette_is_unbiased(neumann):
     rows = x.detach().expand(count, 8).clone().requires_grad_()
     (draws,) = torch.autograd.grad(estimator(net.linearise(rows)).sum(), rows)
     assert z_score(draws, expected_x) < 4
-    # every weight: 200 batches of 50 rows, each a draw of the mean gradient
+    # for every weight: 200 batches of 50 rows, each an estimate of the mean gradient
     rows = x.detach().expand(50, 8)
     batches = [torch.autograd.grad(estimator(net.linearise(rows)).mean(), weights) for _ in range(200)]
     for draws, expected in zip(zip(*batches, strict=True), expected_w, strict=True):
@@ -247,7 +247,7 @@ class TwoTerms(LogDet):
 
 
 class Weighted(LogDet, torch.nn.Module):
-    """One that learns: a module, whose parameters are the layer's."""
+    """An estimator that learns: a module whose parameters become the layer's."""
 
     exact = True
 

@@ -63,7 +63,7 @@ def test_against_the_dense_matrix(dim, rank, scale):
     torch.testing.assert_close(ladj, expected, rtol=1e-8, atol=1e-8)
     back, inverse = inv_and_ladj(layer, y.detach().clone())
     torch.testing.assert_close(inverse, -ladj)
-    # x is as ill-conditioned as the matrix; y is met to rounding
+    # x is as ill-conditioned as the matrix; y is reproduced to rounding error
     condition = torch.linalg.cond(matrix).item()
     torch.testing.assert_close(back, x, rtol=1e-14 * condition + 1e-12, atol=1e-14 * condition + 1e-12)
     torch.testing.assert_close(layer(back), y, rtol=1e-9, atol=1e-10 * (1 + y.abs().max().item()))

@@ -1,4 +1,4 @@
-"""The memo: its six rules, and the one hole that is known."""
+"""The memo: its rules, and its one known gap."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_functorch_leaves_no_entry(layer, x):
 
 
 def test_threads_see_a_whole_entry_or_none(layer):
-    """Two threads share one layer: every answer is right, whoever's entry is in the memo."""
+    """Two threads share a layer: every result is right, whichever thread filled the memo."""
     errors = []
 
     def work(seed):
@@ -330,7 +330,7 @@ def test_threads_see_a_whole_entry_or_none(layer):
 
 
 def test_known_hole_an_edit_of_data_between_sampling_and_scoring(layer, x):
-    """Pinned, not promised: ``.data`` bumps no version, so scoring the same tensor object sees the old entry."""
+    """Pinned, not promised: ``.data`` does not bump versions, so scoring the same tensor object uses the old entry."""
     y = layer(x)
     for p in layer.parameters():
         p.data += 1.0
@@ -340,7 +340,7 @@ def test_known_hole_an_edit_of_data_between_sampling_and_scoring(layer, x):
 
 
 def test_known_limit_the_graph_of_a_remembered_inverse_does_not_pass_through_y(layer, x):
-    """As with torch's own cache; loud, and gone with cache_size=0 or a detached y."""
+    """As with torch's own cache: autograd raises an error, but not with cache_size=0 or a detached y."""
     y = layer(x)
     with pytest.raises(RuntimeError, match=r"not have been used|does not require grad"):
         torch.autograd.grad(layer.inv(y).sum(), y)
@@ -382,7 +382,7 @@ def test_backward_hooks_fire_inside_a_chain(x, recompute):
 
 
 def test_requires_grad_is_part_of_the_stamp():
-    """Staged training: what was frozen while sampling must not stay without gradient."""
+    """Staged training: parameters that were frozen while sampling must get gradients afterwards."""
     chain = scatter(pf.Chain([pf.diagonal(3), pf.svd_linear(3)]), 0.3)
     results = []
     for cache_size in (0, 1):
@@ -399,7 +399,7 @@ def test_requires_grad_is_part_of_the_stamp():
 
 
 def test_the_gradient_of_a_score_with_respect_to_its_own_sample():
-    """Asked for with retain_grad, or of a leaf: the remembered x would lack the path through y."""
+    """The gradient of y, by retain_grad or of a leaf: the remembered x would lack the path through y."""
     layer = scatter(pf.svd_linear(3), 0.3)
     for trainable in (True, False):
         layer.requires_grad_(trainable)
@@ -463,7 +463,7 @@ def test_one_pass_functions_use_the_entry_up(layer, x):
 
 
 def test_a_used_layer_is_no_reference_cycle():
-    """Or every step's conditioned layer, with its graph, would live until the garbage collector runs."""
+    """Otherwise every step's conditioned layer, with its graph, would live until the garbage collector runs."""
     conditional = pf.conditional_svd_linear(4, 2)
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""Layers that change the dimension: densities that are exact, scores that are bounds, noise that comes back."""
+"""Layers that change the dimension: exact densities, scores that are bounds, noise that can be recovered."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def coupling(dim, **kwargs):
 
 
 def colour(noise, seed=0):
-    """Give whitened noise a mean and a covariance."""
+    """Return whitened noise with a random mean and covariance."""
     whitening = noise.transforms[0]
     generator = torch.Generator().manual_seed(seed)
     k = whitening.input_dim
@@ -168,7 +168,7 @@ def test_noise_conditional_on_x_is_drawn_anew_for_each_row():
     reference = d.sample((200_000,))
     torch.testing.assert_close(e.mean(0), reference.mean(0), atol=0.1, rtol=0.05)
     torch.testing.assert_close(e.std(0), reference.std(0), atol=0.0, rtol=0.05)
-    # a foreign conditional layer would give equal noise to all rows of a batch: refused, never quietly drawn
+    # a foreign conditional layer would give the same noise to all rows of a batch, so it is refused
     foreign = pf.Flow(normal(2), [dist.transforms.conditional_affine_coupling(2, 3)]).double()
     with pytest.raises(ValueError, match="batch shape"):
         pf.ConcatNoise(foreign, input_dim=3)(x[:50])
@@ -232,7 +232,7 @@ def test_each_pass_draws_and_nothing_answers_from_memory():
     for structure in (pf.Chain([pf.shift(3).double(), layer]), pf.Inverted(pf.Inverted(layer))):
         y = structure(x).detach()
         assert not torch.equal(structure(structure.inv(y)), y)
-    # the inverse only drops, so there memory and computation agree
+    # the inverse only drops noise, so the memo and a new evaluation agree
     y = layer(x)
     assert layer.inv(y) is x
     torch.testing.assert_close(layer.log_abs_det_jacobian(x, y), -normal(2).log_prob(y[:, 3:]))
@@ -451,14 +451,14 @@ def test_sample_score_raises_on_anything_but_its_own_sample(wrap):
 
 
 def test_known_limit_a_sample_score_does_not_see_the_base_or_the_neighbours_in_a_list_change():
-    """Pinned, not promised: a transform knows its own parameters only. A Chain knows those of all its parts."""
+    """Pinned, not promised: a transform only knows its own parameters. A Chain knows those of all its parts."""
     guess = normal(1, scale=GUESS)
     for chained in (False, True):
         parts = [gaussian(), pf.Slice(guess, score="sample")]
         d = pf.FlowDistribution(normal(2), [pf.Chain(parts)] if chained else parts)
         y = d.rsample((2_000,))
         moved = pf.FlowDistribution(normal(2, loc=1.0), d.transforms)
-        mean, error = gap(moved.log_prob(y), y)  # y is no sample of this one: no bound, and no error either
+        mean, error = gap(moved.log_prob(y), y)  # y is not a sample of this one: no bound, and no error either
         assert mean < -3 * error
         y = d.rsample((5,))
         with torch.no_grad():
@@ -479,7 +479,7 @@ def test_particles_tighten_the_bound():
         assert low + 3 * (low_error + high_error) < high
     assert all(mean < 3 * error for mean, error in gaps)
     assert gaps[2][0] > -0.02
-    # against the log-mean-exp of single draws
+    # compare with the log-mean-exp of single draws
     torch.manual_seed(3)
     together = d.log_prob(y[:4], num_particles=500_00)
     alone = torch.stack([d.log_prob(y[:4].expand(50_000, 4, 1))]).squeeze(0).logsumexp(0) - torch.tensor(50_000.0).log()
@@ -499,7 +499,7 @@ def test_particles_and_batch_dimensions_do_not_mix():
 
 
 def test_the_posterior_as_noise_makes_both_scores_exact():
-    """r(e | y) equal to the true conditional: no gap, for a single draw, of either sign."""
+    """If r(e | y) is the true conditional, a single draw has no gap, in either direction."""
     slope = COVARIANCE[0, 1] / COVARIANCE[0, 0]
     for score in ("data", "sample"):
         conditional = pf.conditional_shift(1, 1, context_hidden_dims=()).double()
@@ -512,7 +512,7 @@ def test_the_posterior_as_noise_makes_both_scores_exact():
 
 
 def test_a_guide_scored_by_its_samples_stays_below_log_z():
-    """An augmented guide: noise in, bend, drop. Its ELBO may not exceed log Z, however the dropping is guessed."""
+    """An augmented guide: inject noise, transform, drop. Its ELBO must not exceed log Z, whatever r(e | y) is."""
     x = torch.tensor([0.7, -0.4], dtype=F64)
 
     def model():
@@ -552,7 +552,7 @@ def test_a_guide_scored_by_its_samples_stays_below_log_z():
             assert results[-1][0] > results[0][0] + 0.1  # it learns
             assert results[-1][0] > log_z - 0.2
     assert not any(exceeded["sample"])
-    assert any(exceeded["data"])  # the wrong bound would have told a guide that it is better than perfect
+    assert any(exceeded["data"])  # with the wrong bound, a guide would have looked better than perfect
 
 
 def test_an_augmented_flow_inside_pyros_own_guide():
@@ -592,7 +592,7 @@ def test_the_log_det_of_a_slice_is_that_of_what_was_dropped():
 
 
 class Estimated(pf.Shift):
-    """Stands for a layer whose log-det is an estimate."""
+    """A stand-in for a layer whose log-det is an estimate."""
 
     exact = False
 
@@ -753,7 +753,7 @@ def test_latents_round_trip():
     back = chain.latents(chain.from_latents(given))
     for name, value in given.items():
         assert (back[name] - value).abs().max() <= 1e-10
-    # the latents are all of it: base and noise densities and the volume make the density
+    # the latents determine the density: those of base and noise, and the volume
     torch.testing.assert_close(latents["base"], chain.inv(y))
 
 
@@ -847,7 +847,7 @@ def image_layers(dim):
 
 
 def multi_scale_vectors():
-    """8 = 1 + 1 + 2 + 4: at each scale as much noise again."""
+    """8 = 1 + 1 + 2 + 4: each scale doubles the dimension by noise."""
     return pf.multi_scale(8, num_scales=4, layers=vector_layers)
 
 

@@ -89,7 +89,7 @@ def test_right_or_refused_at_every_scale(name, dtype, scale):
             layer.inv(y)
     if dtype == torch.float64:
         assert solved.all()
-    # never a wrong x: a row that is returned meets the tolerance in y
+    # a wrong x is never returned: every returned row meets the tolerance in y
     tolerance = torch.finfo(dtype).eps ** 0.75 * (1 + y.abs().amax(-1))
     assert ((layer(back) - y).abs().amax(-1) <= tolerance)[solved].all()
 

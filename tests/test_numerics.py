@@ -125,7 +125,7 @@ def test_general_solves_under_vmap():
 
 @pytest.mark.parametrize("mode", ["jacfwd", "jacrev", "hessian"])
 def test_derivatives_of_general_solves_under_vmap(mode):
-    """torch's own are wrong there in forward mode."""
+    """torch's own derivatives are wrong there in forward mode."""
     transform = getattr(torch.func, mode)
     matrix = torch.eye(4, dtype=torch.float64) + 0.3 * torch.randn(5, 4, 4, dtype=torch.float64)
     rhs = torch.randn(4, 1, dtype=torch.float64)
@@ -162,7 +162,7 @@ def test_compact_wy_equals_the_loop_of_reflections(k):
     y = linalg.householder_product(vectors, x)
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(linalg.householder_product(vectors, y, transpose=True), x, rtol=1e-9, atol=1e-9)
-    tall = torch.randn(200, n, dtype=torch.float64)  # more rows than columns: the other side of the solve
+    tall = torch.randn(200, n, dtype=torch.float64)  # more rows than columns: the solve takes its other branch
     torch.testing.assert_close(
         linalg.householder_product(vectors, tall)[3], linalg.householder_product(vectors, tall[3]), rtol=1e-9, atol=1e-9
     )

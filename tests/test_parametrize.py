@@ -40,7 +40,7 @@ def parametrised(layer, make=Halved):
 
 
 def used(layer, x):
-    """Leave an entry with a graph in every memo."""
+    """Fill every memo with an entry that has a graph."""
     y = layer(x)
     layer.inv(y)
     layer(x)
@@ -107,7 +107,7 @@ def test_what_a_context_does_not_set_may_be_parametrised():
     used(layer, x)
     conditioned = copy.deepcopy(conditional).condition(context)
     torch.testing.assert_close(conditioned(x), conditional.condition(context)(x))
-    # next to a conditioned layer, in a chain that rebuilds its activations by shallow copies
+    # next to a conditioned layer, in a chain that recomputes and therefore makes shallow copies
     plain = scatter(pf.svd_linear(4).double())
     parametrised(plain)
     chain = pf.Chain([plain, conditional.condition(context)], recompute=True)

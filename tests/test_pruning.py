@@ -1,4 +1,4 @@
-"""Pruned tensors, and weights normalised by torch's older functions, are what a layer computes with, either way."""
+"""Layers compute with pruned tensors, and with weights normalised by torch's older functions, in both directions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _event(name: str) -> tuple[int, ...]:
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
-    """Return a pruned layer, one that was not and whose pruned entries are zero, and the masks."""
+    """Return a pruned layer, an unpruned one with zeros in place of the pruned entries, and the masks."""
     make, paths = LAYERS[name]
     torch.manual_seed(1)
     pruned = scatter(make().double())
@@ -126,7 +126,7 @@ def test_every_entry_sees_the_zeros(name):
     pruned, plain, _ = pair(name)
     x = torch.randn(5, *_event(name), dtype=torch.float64)
     y = plain(x).detach()
-    # edited without a call in between, as load_state_dict does
+    # parameters change without a call in between, as in load_state_dict
     state = {k: 1.1 * v for k, v in plain.state_dict().items() if v.is_floating_point() and "mask" not in k}
     plain.load_state_dict(state, strict=False)
     own = pruned.state_dict()
@@ -210,7 +210,7 @@ def test_a_context_cannot_set_what_is_pruned():
     with pytest.raises(ValueError, match=r"'log_scale' of Diagonal is computed by .*prune\.remove"):
         pf.Conditional(layer, 2)
     conditional = pf.conditional_low_rank_residual(4, 2)
-    prune.l1_unstructured(conditional.template, "weight_in", amount=0.5)  # which a context does not set
+    prune.l1_unstructured(conditional.template, "weight_in", amount=0.5)  # a tensor that the context does not set
     conditional.condition(torch.randn(3, 2))
     prune.l1_unstructured(conditional.template, "bias_out", amount=0.5)
     with pytest.raises(ValueError, match=r"prune\.remove"):

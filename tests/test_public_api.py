@@ -32,9 +32,9 @@ def snake(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-#: Layers made from a transform, not from a size; its parameters are not theirs to amortise.
+#: Layers made from a transform, not from a size; Conditional does not amortise its parameters.
 WRAPS = {"NumericalInverse": pyro.distributions.transforms.planar(4)}
-#: Classes whose snake_case is not what a user would type.
+#: Factories whose name is not the snake_case of the class.
 FACTORY = {"PReLU": "prelu", "LeakyReLU": "leaky_relu"}
 
 
@@ -90,7 +90,7 @@ def test_factories_take_only_sizes_by_position(name):
             assert parameter.name in STRUCTURAL, parameter.name
 
 
-#: What a factory needs besides keywords.
+#: Positional arguments that factories need.
 NEEDED = {
     "input_dim": 4,
     "context_dim": 2,
@@ -108,7 +108,7 @@ def seeded(factory, *args, **kwargs):
 
 
 def whole_state(module):
-    """Return what a module is: its tensors, and the settings of its parts."""
+    """Return a module's tensors, and the settings of its parts."""
     plain = (bool, int, float, str, tuple, list, type(None))
     settings = [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in module.modules()]
     return {name: t.tolist() for name, t in module.state_dict().items()}, settings, repr(module)
@@ -116,7 +116,7 @@ def whole_state(module):
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_signatures_of_factories_are_true(name):
-    """Every parameter is advertised with its default: given by keyword it changes nothing; no other is taken."""
+    """Every parameter is in the signature with its default, which has no effect if passed; no other is accepted."""
     factory = getattr(pf, name)
     parameters = inspect.signature(factory).parameters.values()
     assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters), "*args or **kwargs"
@@ -135,7 +135,7 @@ CONDITIONAL_FACTORIES = [n for n in FACTORIES if n.startswith("conditional_")]
 
 @pytest.mark.parametrize("name", CONDITIONAL_FACTORIES)
 def test_conditional_factories_are_functions_like_others(name):
-    """They have the arguments of the layer's factory, and the context's; made by a helper, they do not look it."""
+    """They have the arguments of the layer's factory and of the context, as if each were written by hand."""
     factory, plain = getattr(pf, name), getattr(pf, name.removeprefix("conditional_"))
     assert pickle.loads(pickle.dumps(factory)) is factory
     assert (factory.__name__, factory.__qualname__, factory.__module__) == (name, name, plain.__module__)
@@ -162,7 +162,7 @@ def test_conditional_factories_are_functions_like_others(name):
 
 @pytest.mark.parametrize("name", CONDITIONAL_FACTORIES)
 def test_one_name_for_the_network_that_reads_the_context(name):
-    """hidden_dims is the layer's own network, context_hidden_dims that of the context, where there is one."""
+    """hidden_dims is for the layer's own network, context_hidden_dims for the one that reads the context, if any."""
     factory = getattr(pf, name)
     keywords = inspect.signature(factory).parameters
 
@@ -189,7 +189,7 @@ def test_one_name_for_the_network_that_reads_the_context(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_own_no_stray_tensors(name):
-    """A layer's tensors are parameters and buffers: what else it kept would miss .to() and the memo."""
+    """A layer's tensors are parameters and buffers: .to() and the memo would miss any other."""
     for case in CASES:
         if case.layer == name:
             for module in case.build(case.dims[-1]).modules():

@@ -1,4 +1,4 @@
-"""Inside Pyro: modules, plates, guides, SVI; and the failures of Pyro's own flows that must not be ours."""
+"""Inside Pyro: modules, plates, guides, SVI; and failures of Pyro's own flows that must not occur here."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_what_is_registered_with_pyro_keeps_its_interface():
 
 
 def test_a_pyro_flow_inside_a_model_is_trained():
-    """All parameters reach the store by their path; the answer is the data's own Gaussian."""
+    """All parameters reach the store by their path; the solution is the Gaussian fitted to the data."""
     data = torch.randn(200, 2) @ torch.tensor([[1.0, 0.5], [0.0, 0.7]]) + 1.0
 
     class Model(PyroModule):
@@ -259,7 +259,7 @@ class _nothing:
 
 
 def test_maximum_likelihood_on_data_in_a_model():
-    """pyro.sample(..., obs=data) with a flow as likelihood; the answer is the data's own Gaussian."""
+    """pyro.sample(..., obs=data) with a flow as likelihood; the solution is the Gaussian fitted to the data."""
     data = torch.randn(500, 2) @ torch.tensor([[1.0, 0.5], [0.0, 0.7]]) + 1.0
     flow = pf.Flow(dist.Normal(torch.zeros(2), 1.0).to_event(1), pf.svd_linear(2))
 
@@ -294,7 +294,7 @@ def test_priors_and_hmc():
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
 @pytest.mark.parametrize("make", [pf.planar, pf.radial, pf.sylvester, pf.generalized_sylvester])
 def test_a_traced_inverse_is_right_for_other_parameters(make):
-    """A trace keeps all steps, not those that the first parameters, the identity's, took."""
+    """A trace must contain all steps, not just those that the initial parameters (the identity) took."""
     flow = pf.Flow(dist.Normal(torch.zeros(5), 1.0).to_event(1), [make(5)]).double()
     data = 3 * torch.randn(20, 5, dtype=torch.float64)
 
@@ -315,7 +315,7 @@ def test_a_traced_inverse_is_right_for_other_parameters(make):
 
 
 def test_solvers_refuse_to_be_traced():
-    """A trace would keep the number of steps that the first data took."""
+    """A trace would fix the number of steps that the first data took."""
     flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [pf.low_rank_residual(3)])
     data = torch.randn(5, 3)
 

@@ -1,4 +1,4 @@
-"""reset_parameters restores the start of every layer: with the same seed, the very values of a new one."""
+"""reset_parameters restores the initial state of every layer: with the same seed, the exact values of a new one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyro_invflows as pf
 from pyro_invflows import call_and_ladj, inv_and_ladj, networks
 
 CONTEXT_DIM = 2
-#: Rows that take something from data or from a matrix, which a reset forgets: these then start at the identity.
+#: Rows that are set from data or from a matrix, which a reset forgets; they are the identity afterwards.
 GIVEN = {"whitening", "diagonal_negative"}
 
 
@@ -50,7 +50,7 @@ def test_every_layer(case, dim):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         return
     permuted = any(isinstance(leaf, pf.Permute) for leaf, _ in fresh.leaves())
-    if permuted:  # a permutation is drawn, but no parameter: it stays, and other layers draw other numbers
+    if permuted:  # a permutation is drawn but is not a parameter: it stays, and the layers behind it draw other numbers
         for (mine, _), (theirs, _) in zip(fresh.leaves(), other.leaves(), strict=True):
             if isinstance(mine, pf.Permute):
                 theirs.permutation.copy_(mine.permutation)
@@ -117,7 +117,7 @@ def test_a_part_of_a_network_no_longer_ends_in_zeros():
 
 
 class Doubled(nn.Module):
-    """A user's network: a parameter of its own, which nobody else knows how to restore, and layers inside."""
+    """A user's network: layers, and a parameter that only the network itself could reset."""
 
     def __init__(self):
         super().__init__()

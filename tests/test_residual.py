@@ -15,7 +15,7 @@ from pyro_invflows.networks import LinearContraction, LipSwish, Sine
 from pyro_invflows.solvers import Anderson, FixedPoint, Newton
 from pyro_invflows.transforms.contractive_residual import _MEMORY
 
-residual = sys.modules[pf.LowRankResidual.__module__]  # the factory of that name hides it
+residual = sys.modules[pf.LowRankResidual.__module__]  # the factory of the same name hides the module
 
 F64 = torch.float64
 FORMS = ["bottleneck", "sandwich"]
@@ -40,7 +40,7 @@ def binding_linear(dim, lipschitz=0.97):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dim", [1, 2, 5, 33, 784])
 def test_round_trip_at_every_size(dim, form, dtype):
-    """Errors at the level of rounding, as the design's figures want: 1e-12 and 2e-6."""
+    """Errors at the level of rounding: at most 1e-12 and 2e-6."""
     layer = low_rank(dim, form, dtype=dtype)
     x = torch.randn(16, dim, dtype=dtype)
     y = layer(x).detach().clone()
@@ -149,7 +149,7 @@ def test_newton_and_the_fixed_point_stand_behind_the_cheap_steps(form, monkeypat
 
     monkeypatch.setattr(residual, "chord_steps", nothing)
     torch.testing.assert_close(layer.inv(y.clone()), expected, rtol=0, atol=1e-12)
-    # no Newton step at all: the fixed point alone
+    # without a Newton step, only the fixed point
     monkeypatch.setattr(Newton, "default_max_steps", 0)
     torch.testing.assert_close(layer.inv(y.clone()), expected, rtol=0, atol=1e-9)
 
@@ -191,7 +191,7 @@ def test_images(shape):
 
 @pytest.mark.parametrize("dim", [4, 64])
 def test_near_linear_contractions_take_few_evaluations(dim, monkeypatch):
-    """Where the bound binds the fixed point needs hundreds of evaluations of g; the default solver a fifth at most."""
+    """If the bound is attained, the fixed point takes hundreds of evaluations; the default solver at most a fifth."""
     g = binding_linear(dim)
     layer = pf.ContractiveResidual(g)
     y = torch.randn(20, dim, dtype=F64)
@@ -254,7 +254,7 @@ def test_one_bad_row_in_the_backward_pass():
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 @pytest.mark.parametrize("size", [1e4, 1e8])
 def test_the_inverse_where_x_is_far_from_y(size, dtype):
-    """Rounding is that of g, which the bias makes large: no failure, and no thousands of steps."""
+    """A large bias makes g and its rounding error large: this must cause neither failures nor thousands of steps."""
     for form in FORMS:
         layer = low_rank(9, form, dtype=dtype, lipschitz=0.999)
         with torch.no_grad():
@@ -304,7 +304,7 @@ def test_an_estimator_free_chain_and_its_inverse_cost_the_same_layers():
     assert isinstance(pf.iresnet(6, recompute=True), pf.Chain)
     x = torch.randn(4, 6)
     assert torch.equal(flow(x), x)  # starts at the identity, exactly
-    # an implicit flow: residual and inverted residual in turn
+    # an implicit flow: residual and inverted residual layers alternate
     implicit = pf.Chain([low_rank(6), pf.Inverted(low_rank(6, "sandwich"))])
     x = x.double()
     torch.testing.assert_close(implicit.inv(implicit(x).detach().clone()), x)
@@ -389,7 +389,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("dim", [-1, -3])
 def test_a_backward_pass_inside_autocast(dim):
-    """Its iterative solve keeps to its tolerance, too."""
+    """Its iterative solve must meet its tolerance, too."""
     layer = pf.contractive_residual(*((40,) if dim == -1 else (2, [4])), dim=dim)
     scatter(layer, 0.3)
     y = torch.randn(4, *((40,) if dim == -1 else (2, 4, 5)))
@@ -398,12 +398,13 @@ def test_a_backward_pass_inside_autocast(dim):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             x = layer.inv(y.clone())
             grads.append(torch.autograd.grad(x.square().sum(), list(layer.parameters())))
-    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)  # the parameters' part of the graph may round
+    # autocast may round the part of the graph that leads to the parameters
+    torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("make", [pf.planar, pf.low_rank_residual, pf.contractive_residual])
 def test_half_precision_layers_may_be_under_autocast(make):
-    """They are as they were: their parameters say in what precision they work."""
+    """Their own parameters are in half precision, which autocast does not change."""
     layer = make(4).bfloat16()
     y = torch.randn(3, 4).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Layers that solve: what their solver is told, and that the default solver is the default."""
+"""Layers that solve equations: their solver's settings; passing the default solver changes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ F64 = torch.float64
 
 
 class Case:
-    """A layer that solves, its default solver, its class and factory, and settings with which it fails."""
+    """A layer that solves equations: its default solver, its class and factory, and settings with which it fails."""
 
     def __init__(self, default, cls, factory, *args, size=5.0, failing=None, **kwargs):
         self.default, self.cls, self.factory, self.size = default, cls, factory, size
@@ -98,7 +98,7 @@ def test_the_fixed_point_stands_behind_the_default_solver(form, monkeypatch):
 
 
 def test_a_bound_leaves_newtons_method_alone():
-    """No cheaper steps before it, which would solve these rows without one of its own."""
+    """Without the cheaper steps in front, which would solve these rows on their own."""
     for name in ("bottleneck", "sandwich"):
         plain, bounded = CASES[name].make(), CASES[name].make(max_steps=1)
         y = plain(points(plain)).detach()
@@ -172,7 +172,7 @@ def test_iresnet_passes_settings_on():
 
 @pytest.mark.parametrize("form", ["bottleneck", "sandwich"])
 def test_tolerances_below_rounding_are_not_passed_over(form):
-    """Also by the cheap steps, which stop at rounding."""
+    """The cheap steps, which stop at rounding error, must not ignore them either."""
     layer = CASES[form].make(atol=0.0, rtol=0.0)
     with pytest.raises(pf.ConvergenceError, match=r"accepted: 0 \+ 0"):
         layer.inv(points(layer))

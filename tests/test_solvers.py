@@ -109,7 +109,7 @@ def test_anderson_is_faster_than_the_fixed_point_and_newton_needs_no_contraction
 
 
 def test_newton_is_damped_where_the_plain_step_cycles():
-    # s + 20 tanh s from the far right: the undamped step runs away
+    # s + 20 tanh s, started far to the right: the undamped step diverges
     y = torch.tensor([[15.0]], dtype=torch.float64)
     f = lambda x, y: x + 20 * torch.tanh(x) - y  # noqa: E731
     assert Newton()(f, y, y).converged.all()
@@ -125,7 +125,7 @@ def test_newton_on_numbers():
 
 @pytest.mark.parametrize("gather", [True, False])
 def test_newton_halves_only_the_steps_that_need_it(gather):
-    """One row that cycles undamped among easy ones: they are not evaluated again, nor once they are at rounding."""
+    """A row that would cycle without damping, among easy ones, which must not be evaluated again."""
     sizes = []
 
     def f(x, y):
@@ -375,7 +375,7 @@ def test_newton_steps_then_back_substitution():
     assert newton.converged.all()
     assert (newton.num_steps <= 8).double().mean() >= 0.95
     torch.testing.assert_close(newton.value, s, rtol=0, atol=1e-11)
-    # with no Newton step at all, back-substitution alone does it
+    # without a Newton step, back-substitution alone solves it
     alone = solve_triangular_tanh(c, strict, d, Newton(max_steps=0), cheap_steps=0)
     assert (alone.num_steps == 1).all()
     torch.testing.assert_close(alone.value, s, rtol=0, atol=1e-11)

@@ -1,4 +1,4 @@
-"""Spectral norms: values and derivatives against the SVD, bounds never below it."""
+"""Spectral norms: values and derivatives against the SVD, and bounds that are never below it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_awkward_matrices(name, dtype):
     assert norm.dtype == bound.dtype == dtype
     assert abs(norm.double() - expected) <= 2 * eps**0.75 * expected
     assert expected <= bound.double() <= expected * (1 + 1000 * eps)
-    for value in (norm, bound):  # a subgradient: no entry of the unit ball of the dual norm is exceeded
+    for value in (norm, bound):  # a subgradient lies in the unit ball of the dual norm
         (grad,) = torch.autograd.grad(value, a)
         assert torch.linalg.matrix_norm(grad.double(), "nuc") <= 1 + 1e-5
         assert abs((grad * a).sum().double() - expected) <= 1e-5 * expected
@@ -81,7 +81,7 @@ def test_large_bounds_are_proved_on_spectra_that_fool_iterations(kind):
 
 @pytest.mark.parametrize("n", [4, 140])
 def test_a_start_that_misses_the_top_vector_does_not_mislead(n):
-    """The start is public: build a matrix whose top vector is orthogonal to it."""
+    """The starting vector is known: build a matrix whose top singular vector is orthogonal to it."""
     start = torch.randn(n, generator=torch.Generator().manual_seed(20), dtype=F64)
     q = torch.linalg.qr(torch.cat([start[:, None], torch.eye(n, dtype=F64)[:, 1:]], 1))[0]
     spectrum = torch.cat([torch.tensor([1.0, 5.0], dtype=F64), torch.linspace(0.5, 0.1, n - 2, dtype=F64)])

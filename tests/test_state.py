@@ -1,4 +1,4 @@
-"""What a layer computes depends on its parameters, its buffers and its settings alone: whoever copies them is it."""
+"""A layer's results depend only on its parameters, buffers and settings: a layer with the same ones is the same."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def two(case, dim):
 
 
 def tensors(module):
-    """Return parameters and buffers by name, those included that are not saved."""
+    """Return parameters and buffers by name, including buffers that are not saved."""
     return {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
 
 
@@ -52,7 +52,7 @@ def same(actual, expected, tolerance=1e-12):  # rounding: without a gradient som
 
 @contextmanager
 def uninitialised_memory_is_nan():
-    torch.use_deterministic_algorithms(True)  # empty tensors are then filled with what no layer survives
+    torch.use_deterministic_algorithms(True)  # this fills empty tensors with NaN, which no layer survives
     try:
         yield
     finally:
@@ -65,7 +65,7 @@ def uninitialised_memory_is_nan():
 @pytest.mark.parametrize(("case", "dim"), SMALL)
 def test_loading_a_state_makes_it_that_layer(case, dim):
     one, other, points = two(case, dim)
-    Both(other)(*points)  # so that whatever could be remembered is
+    Both(other)(*points)  # so that everything that can be remembered is remembered
     other.load_state_dict(one.state_dict())
     same(Both(other)(*points), Both(one)(*points))
 
@@ -88,7 +88,7 @@ def test_functional_call_with_another_ones_tensors(case, dim):
     state = {f"layer.{name}": value for name, value in tensors(one).items()}
     same(functional_call(Both(other), state, points), Both(one)(*points))
     same([functional_call(other, tensors(one), points[:1])], [one(points[0])])
-    same(Both(other)(*points), before)  # which left it alone
+    same(Both(other)(*points), before)  # the calls above did not change it
 
 
 @pytest.mark.parametrize(("case", "dim"), SMALL)
@@ -97,14 +97,14 @@ def test_an_ensemble_under_vmap(case, dim):
     expected = [torch.stack(pair) for pair in zip(Both(one)(*points), Both(other)(*points), strict=True)]
     stacked = stack_module_state([Both(one), Both(other)])
     if not any(stacked):
-        return  # no tensors, nothing to stack: its settings are all there is
-    shell = copy.deepcopy(Both(other)).to("meta")  # torch's recipe: nothing but the settings
+        return  # no tensors, hence nothing to stack: the layer consists of its settings
+    shell = copy.deepcopy(Both(other)).to("meta")  # torch's recipe: only the settings are used
     together = torch.func.vmap(lambda p, b: functional_call(shell, (p, b), points))(*stacked)
     same(together, expected, tolerance=1e-8)
 
 
 def test_a_permutation_is_what_its_buffer_says():
-    """Whatever it was built with: a reversal, which another layer could do faster, is a permutation like others."""
+    """This holds however the layer was built: a reversal is a permutation like any other."""
     reversal, other = pf.Permute([3, 2, 1, 0]), pf.Permute([1, 2, 3, 0])
     x = torch.arange(4.0)
     for layer, source in ((reversal, other), (other, pf.Permute([3, 2, 1, 0]))):
@@ -137,7 +137,7 @@ def test_conditional_layers_too(case):
 
 
 def emptied(make):
-    """Yield the ways to come to a module whose tensors have yet to be loaded."""
+    """Yield the ways to obtain a module whose tensors have yet to be loaded."""
     with torch.device("meta"):
         on_meta = make()
     moved, here = copy.deepcopy(on_meta).double(), make().double()
@@ -235,7 +235,7 @@ def _score_on_every_rank(rank, path):
             module = Both(scatter(case.make(dim).double()))
             if any(p.requires_grad for p in module.parameters()):
                 module = nn.parallel.DistributedDataParallel(module)
-            else:  # which DDP refuses
+            else:  # DDP refuses modules without trainable parameters
                 for buffer in module.buffers():
                     buffer.copy_(from_first(buffer))
             x = case.points(dim)

@@ -33,7 +33,7 @@ from pyro_invflows.testing import (
     jacobian_log_det,
 )
 
-sylvester_module = sys.modules[pf.GeneralizedSylvester.__module__]  # the factory of that name hides it
+sylvester_module = sys.modules[pf.GeneralizedSylvester.__module__]  # the factory of the same name hides the module
 
 MAKERS = {
     "planar": pf.planar,
@@ -47,7 +47,7 @@ ALL = [pytest.param(make, id=name) for name, make in MAKERS.items()]
 
 
 def scaled(layer, scale, dtype=torch.float64):
-    """Parameters off the start by U(-1, 1), then everything times ``scale``."""
+    """Add U(-1, 1) to the initial parameters, then multiply all by ``scale``."""
     layer = scatter(layer.to(dtype))
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -101,7 +101,7 @@ def test_inverse_and_log_det_at_every_scale(make, dim, scale):
 def test_conformance_at_every_scale(make, dim, scale):
     layer, x = scaled(make(dim), scale), torch.randn(4, dim, dtype=torch.float64)
     if scale == 20 and dim == 5 and isinstance(layer, pf.Sylvester):
-        # Steps of 1e-6 are not small here, so that finite differences say little; the next test needs none.
+        # Steps of 1e-6 are not small here, so finite differences are inaccurate; the next test needs none.
         for check in (check_shapes, check_round_trip, check_log_det, check_copies, check_fresh_data, check_batch):
             check(layer, x)
     else:
@@ -338,7 +338,7 @@ def test_masked_networks_are_autoregressive(dim, context_dim, hidden):
 
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_narrow_masked_networks_reach_every_coordinate(context_dim):
-    """Fewer units than coordinates: the last outputs still see late inputs, not those before the width alone."""
+    """With fewer units than coordinates, the last outputs must still depend on the last inputs."""
     dim, width = 40, 10
     network = scatter(masked_network(dim, [width, width], 1, context_dim=context_dim).double())
     jacobian = torch.func.jacrev(network)(torch.randn(dim + context_dim, dtype=torch.float64))
@@ -352,7 +352,7 @@ def test_narrow_masked_networks_reach_every_coordinate(context_dim):
 
 @pytest.mark.parametrize(("make", "most"), [(pf.affine_coupling, 400_000), (pf.generalized_sylvester, 1_700_000)])
 def test_default_networks_stay_moderate_in_many_dimensions(make, most):
-    """What nobody chose must not grow with the square of the dimension; W has 784^2 of these by itself."""
+    """The default network must not grow with the square of the dimension; W alone has 784^2 entries."""
     assert sum(p.numel() for p in make(784).parameters()) < most
     hidden = [m.out_features for m in make(20).hypernet if hasattr(m, "out_features")]
     assert hidden[:2] == ([200, 200] if make is pf.affine_coupling else [64, 64])
@@ -500,7 +500,7 @@ def test_bad_input(make, error, match):
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_a_bad_row_leaves_the_gradients_of_the_others_alone(bad):
-    """Also those of the transposed system, which is solved for all rows together."""
+    """Gradients, too, which come from a transposed system solved for all rows together."""
     torch.manual_seed(0)
     layer = scatter(pf.generalized_sylvester(8, [16]), 1.0).double().requires_grad_(False)
     y = torch.randn(4, 8, dtype=torch.float64)

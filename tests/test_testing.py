@@ -153,7 +153,7 @@ def test_points_where_the_transform_does_not_tell():
 
 
 class Square(pf.Elementwise):
-    """Not one-to-one: the inverse finds a y, but not the x."""
+    """Not one-to-one: the inverse finds a point with the same y, but not x itself."""
 
     def _function(self, x):
         return x * x

@@ -55,7 +55,7 @@ def test_the_inverse_whitens(method, trainable):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_equals_its_textbook_matrix(method):
-    """Kessy, Lewin and Strimmer (2018), Table 1, each written the other way round than in the layer."""
+    """Kessy, Lewin and Strimmer (2018), Table 1, computed differently than in the layer."""
     data = correlated(300, 5)
     layer = pf.whitening(5, method=method, shrinkage=0.0).double().fit(data)
     w, sigma = layer.whitening, torch.cov(data.T)
@@ -80,7 +80,7 @@ def test_each_method_equals_its_textbook_matrix(method):
 
 
 def test_zca_stays_closest_to_the_data_and_pca_compresses_most():
-    """The property that names each method, among all of them (Kessy et al., section 4)."""
+    """Each method has the optimal value of the criterion that defines it (Kessy et al., section 4)."""
     data = correlated(1000, 6)
     centred = data - data.mean(0)
     standardised = centred / centred.std(0)
@@ -168,7 +168,7 @@ def test_units_cost_no_digits(method, trainable, dtype, power, tolerance):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_constant_column_keeps_the_scale_one(method):
-    """Whatever the units of the others; and they come out as without it."""
+    """This holds whatever the units of the other columns, which come out as they do without it."""
     data = 1e-3 * correlated(50, 3)
     layer, without = (pf.whitening(d, method=method).double() for d in (4, 3))
     with pytest.warns(UserWarning, match=r"rank 3 of 4; 1 constant column\(s\) keep the scale 1\.$"):
@@ -252,7 +252,7 @@ def test_statistics_stay_in_double_precision():
     twin = pf.whitening(3)
     twin.load_state_dict(layer.state_dict())
     close(twin.covariance, layer.covariance, 0)
-    # a wider dtype leaves no inconsistency of the narrower one behind, whether converted or loaded
+    # a wider dtype removes inconsistencies of the narrower one, whether the layer is converted or loaded
     for trainable in (False, True):
         layer = pf.whitening(3, trainable=trainable).fit(data)
         loaded = pf.whitening(3, trainable=trainable).double()
@@ -317,7 +317,7 @@ def test_without_shrinkage_they_are_refused(name):
 
 @pytest.mark.parametrize("size", [1, 17, 1000])
 def test_equal_rows_have_no_spread_whatever_their_value(size):
-    """The mean of equal numbers is rounded; what is left over is no covariance."""
+    """The mean of equal numbers is rounded; the remainder must not count as a covariance."""
     generator = torch.Generator().manual_seed(0)
     for scale in (1e-3, 1.0, 1e6):
         row = scale * torch.randn(3, dtype=F64, generator=generator)
@@ -331,7 +331,7 @@ def test_equal_rows_have_no_spread_whatever_their_value(size):
 
 
 def test_missing_directions_are_filled_however_many_rows_there_are():
-    """The weight of the default vanishes as 1/N, but not below what tells a variance from rounding."""
+    """The default weight vanishes as 1/N, but not below the level of rounding errors."""
     layer = pf.whitening(4).double().observe(DEGENERATE["rank one"]())
     held = layer.statistics
     held.replace(held.count * 1e15, held.mean, held.scatter * 1e15)
@@ -353,7 +353,7 @@ def test_a_large_offset_costs_no_digits(dtype):
     close(layer.covariance, exact, 1e-7)
     white = layer.inv(shifted)
     assert white.isfinite().all()
-    # the mean is a float32 next to 1e6, good to 0.03; a constant shift, so no matter to the covariance
+    # the mean is a float32 next to 1e6, good to 0.03; a constant shift, which does not affect the covariance
     close(torch.cov(white.T), torch.eye(5, dtype=dtype), 1e-8 if dtype == F64 else 1e-3)
 
 
@@ -401,7 +401,7 @@ def test_adapting_makes_the_memo_miss(trainable, inference):
 
 
 def test_adapting_under_a_pending_backward_pass_raises():
-    """What was computed before has gradients of the map before, or none."""
+    """Values computed before have the gradients of the earlier map, or none."""
     layer = pf.whitening(3).double().fit(correlated(50, 3))
     x = torch.randn(5, 3, dtype=F64, requires_grad=True)
     y = layer(x)
@@ -423,7 +423,7 @@ def test_data_that_carry_a_graph_leave_none_behind():
 
 
 def to_mps(tensor):
-    """What ``.to("mps")`` does, but for the device: there is none to test on."""
+    """What ``.to("mps")`` does, except for the device, which is not available for tests."""
     if tensor.dtype == F64:
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
     return tensor.clone()
@@ -480,7 +480,7 @@ def test_bad_rows_are_refused_and_change_nothing():
             call([[0.0, 1.0, 2.0]])
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     for call, huge in ((layer.observe, 1e200), (layer.fit, torch.tensor([[1e200], [-1e200]], dtype=F64))):
-        with pytest.raises(ValueError, match="squares are not"):  # finite, but not what is kept of it
+        with pytest.raises(ValueError, match="squares are not"):  # the data are finite, but their squares are not
             call(torch.ones(2, 3, dtype=F64) * huge)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     assert layer.fit(correlated(9, 3) * 1e120).covariance.isfinite().all()
@@ -512,7 +512,7 @@ def test_it_adapts_to_nothing_only_after_something():
 def test_it_refuses_a_hypernetwork(trainable):
     with pytest.raises(ValueError, match="Whitening cannot be conditioned"):
         pf.Conditional(pf.whitening(3, trainable=trainable), 2)
-    # in a chain the others take the context, and this one stays as it is
+    # in a chain the other layers take the context, and this one stays unchanged
     layer = pf.whitening(3, trainable=trainable).fit(correlated(40, 3).float())
     conditional = pf.Conditional(pf.Chain([pf.shift(3), layer]), 2)
     conditioned = conditional.condition(torch.randn(5, 2))
@@ -535,7 +535,7 @@ def _observe_a_half(rank, path, data):
             if i == 2 and rank == 0:
                 batch = batch[:0]  # an empty share is fine while somebody has rows
             layer.observe(batch)
-        # one process meets a NaN: all refuse, none waits for ever, nothing is added
+        # one process meets a NaN: all refuse, none waits forever, nothing is added
         bad = half[:5].clone()
         if rank == 1:
             bad[0, 0] = float("nan")

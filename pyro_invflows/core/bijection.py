@@ -189,7 +189,7 @@ class Bijection(TransformModule):
         By default, this resets all parts and sub-networks: a module with a ``reset_parameters`` is responsible for all
         that it holds; any other module is searched for such modules. Parameters of foreign modules without one keep
         their values. A layer with parameters of its own resets these too, and calls ``super().reset_parameters()``
-        where it has sub-networks.
+        if it has sub-networks.
         """
         inherited = type(self).reset_parameters is Bijection.reset_parameters
         if inherited and any(parameter is not None for parameter in self._parameters.values()):

@@ -146,7 +146,7 @@ def _checked(sample_shape: Any, owner: str) -> torch.Size:
 
 
 def _estimates(layer: Bijection | InverseView) -> bool:
-    """Whether the log-det of a layer, or of one inside it, is an estimate."""
+    """Whether a layer's log-det contains an estimate."""
     return any(not isinstance(leaf, NoiseInjection) and not leaf.exact for leaf, _ in layer.leaves())
 
 

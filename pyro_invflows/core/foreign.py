@@ -28,7 +28,7 @@ __all__ = ["Foreign", "as_bijection", "stands_for"]
 
 
 def as_bijection(transform: Any, owner: str = "as_bijection") -> Bijection:
-    """Return a transform as a layer: itself where it is one, else a structure or a :class:`Foreign` layer around it.
+    """Return a transform as a layer: itself if it is one, else a structure or a :class:`Foreign` layer around it.
 
     Args:
         transform: Any torch ``Transform``.
