@@ -1,12 +1,12 @@
 """General linear solves and log-determinants that are right at every batch and size.
 
-torch's batched LU is wrong on the CPU with more than one thread from about 150 x 150 (pytorch#142815: relative
-errors of some per cent, sometimes a hang), and everything that stands on it: ``solve``, ``slogdet``, ``inv``.
-The batched QR factorisation is right, so large batched CPU matrices go through it.
+On the CPU with more than one thread, torch's batched LU is wrong for matrices from about 150 x 150 (pytorch#142815:
+relative errors of several per cent, sometimes a hang), and so are ``solve``, ``slogdet`` and ``inv``, which use it. The
+batched QR factorisation is right, so large batched CPU matrices go through it.
 
 The forward-mode derivatives of ``solve`` and ``slogdet`` are wrong under ``vmap`` (``vmap(jacfwd(...))`` in torch 2.13:
-errors of many times the size), and everywhere for the second derivative, which misses a term. Those of ``inv`` and
-``qr`` are right: in forward mode everything stands on them.
+errors many times the size of the result), and second derivatives always lack a term. Those of ``inv`` and ``qr`` are
+right, so they are used in forward mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyro_invflows.support.precision import HALF
 
 __all__ = ["log_abs_det", "solve"]
 
-#: Largest batched matrix that is left to LU on the CPU; 144 was seen right, 160 wrong.
+#: Largest batched matrix that is left to LU on the CPU; in tests 144 was right, 160 wrong.
 _LARGEST_BATCHED_LU = 128
 
 
@@ -46,10 +46,10 @@ def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the matrices are not square.
-        torch.linalg.LinAlgError: if LU meets an exactly singular matrix.
+        torch.linalg.LinAlgError: if LU finds a matrix that is exactly singular.
     """
     _check_square(matrix, "solve")
-    if matrix.dtype in HALF:  # LAPACK has none
+    if matrix.dtype in HALF:  # not supported by LAPACK
         return solve(matrix.float(), rhs.float()).to(rhs.dtype)
     if _lu_is_right(matrix):
         return torch.linalg.inv(matrix) @ rhs if forward_levels() else torch.linalg.solve(matrix, rhs)

@@ -1,4 +1,4 @@
-"""Roots of ``x + g(x) = y`` for a contraction g: cheap steps first, and a fixed point that cannot fail behind them."""
+"""Roots of ``x + g(x) = y`` for a contraction g: cheap steps, then a fixed-point iteration that cannot fail."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pyro_invflows.solvers.solution import Solution, in_transform, where_rows
 
 __all__ = ["FoldedEquation", "chord_steps", "finish_by_fixed_point", "fixed_point_steps"]
 
-#: Steps without a look at the residual, then bound on those with one.
+#: Steps without a check of the residual, then the maximum number of steps with one.
 _BLIND_STEPS, _CHORD_STEPS = 4, 12
-#: Bound on the fixed point's steps, whatever the contraction's constant; 0.99 needs 4300 in float64.
+#: Maximum number of fixed-point steps for any contraction; the constant 0.99 needs 4300 in float64.
 _FIXED_POINT_STEPS = 20_000
-#: Rows whose slopes are averaged for them.
+#: Number of rows whose slopes are averaged for these steps.
 _SLOPE_ROWS = 32
 
 
 class FoldedEquation(NamedTuple):
-    """``s + fold h(s) = c``, row by row, with its Jacobian as a function of the activations' slopes at s."""
+    """The equation ``s + fold h(s) = c``, row by row; its Jacobian is a function of the activations' slopes at s."""
 
     hidden: Callable[[Tensor], Tensor]
     fold: Tensor
@@ -44,20 +44,20 @@ def chord_steps(
     gather: bool = True,
     limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take steps with one matrix for all rows, that of their mean slopes: no more than two products each.
+    """Take Newton steps with the same matrix for all rows, that of their mean slopes: at most two products each.
 
     Args:
-        equation: What to solve.
-        s: Where to start.
-        c: The right-hand side.
-        unit: Size of a step in s that counts like one of 1 in y.
-        gather: Whether the equation may be evaluated at some of the rows.
-        limit: Largest residual that is accepted, where that may be below rounding.
+        equation: The equation.
+        s: Starting point.
+        c: Right-hand side.
+        unit: Change of s that corresponds to a change of 1 in y.
+        gather: Whether the equation may be evaluated at some of the rows only.
+        limit: Largest residual that is accepted, if this may be below rounding error.
 
     Returns:
-        The points, which of them solve the equation to rounding (and to the limit), and h there, if all do.
+        The points; which of them solve the equation to rounding error (and to the limit); and h there, if all do.
     """
-    some = (s[:_SLOPE_ROWS] if gather and s.dim() == 2 else s).nan_to_num(0)  # a bad row must not spoil the mean
+    some = (s[:_SLOPE_ROWS] if gather and s.dim() == 2 else s).nan_to_num(0)  # a non-finite row must not spoil the mean
     mean = tuple(slope.reshape(-1, slope.shape[-1]).mean(0) for slope in equation.slopes(some))
     inverse = torch.linalg.inv_ex(equation.jacobian(mean))[0].mT
     keep, pull = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - inverse, -equation.fold.mT @ inverse
@@ -67,7 +67,7 @@ def chord_steps(
             s = torch.addmm(torch.addmm(aim, s, keep), equation.hidden(s), pull)
         else:
             s = aim + s @ keep + equation.hidden(s) @ pull
-    # rounding is that of the terms
+    # the rounding error is relative to the terms
     goal = torch.maximum(c.abs().amax(-1), s.abs().amax(-1)).add_(unit).mul_(8 * torch.finfo(c.dtype).eps)
     if limit is not None:
         goal = torch.minimum(goal, limit)
@@ -90,7 +90,7 @@ def chord_steps(
 
 
 def fixed_point_steps(lipschitz: float, dtype: torch.dtype) -> int:
-    """Return how many steps of the fixed point take any start to rounding; at most 20 000."""
+    """Return the number of fixed-point steps that reduce any error to rounding; at most 20 000."""
     steps = math.ceil(math.log(1e-3 * torch.finfo(dtype).eps) / math.log(lipschitz))
     return min(steps, _FIXED_POINT_STEPS)
 
@@ -105,15 +105,15 @@ def finish_by_fixed_point(
     unit: Tensor | float = 1.0,
     **how: Any,
 ) -> Solution:
-    """Solve the rows that an accelerated method left by the fixed point, which the bound makes converge.
+    """Solve the rows that an accelerated method left unsolved by fixed-point iteration, which always converges.
 
     Args:
-        first: How the rows ended so far.
-        settings: Whose tolerances count.
-        residual: In units of ``unit``.
-        start: Where the fixed point starts.
+        first: The solution so far.
+        settings: Settings whose tolerances are used.
+        residual: The residual, in units of ``unit``.
+        start: Starting point of the iteration.
         args: Passed to the residual.
-        lipschitz: The contraction's constant, which bounds the steps.
+        lipschitz: The contraction's constant, which determines the number of steps.
         unit: What the residual was divided by.
         **how: Passed to the solver.
     """

@@ -1,8 +1,8 @@
 r"""Root finders for a whole event at once: fixed point, Anderson acceleration, Newton, sweeps.
 
 Each is a frozen object of settings, called as ``solver(residual, x0, *args)``. ``residual(x, *args)`` returns
-:math:`f(x) - y` row by row; tensors that differ from row to row go through ``args``, with the batch dimensions of
-``x0`` in front, so that rows that are done can leave the evaluation (``gather=True``). Under ``torch.func`` and
+:math:`f(x) - y` row by row. Tensors that differ from row to row are passed in ``args``, with the batch dimensions of
+``x0`` in front, so that rows that are done need not be evaluated (``gather=True``). Under ``torch.func`` and
 while compiling no value can be looked at: then every row takes all ``max_steps`` steps, masked, and nothing is
 gathered.
 """
@@ -30,7 +30,8 @@ __all__ = ["Anderson", "FixedPoint", "Newton", "Sweeps", "dense_jacobian"]
 class FixedPoint(Settings):
     """Repeats ``x <- x - damping * (f(x) - y)``: Picard iteration.
 
-    Converges where ``x - f(x)`` is a contraction, by its constant at each step; elsewhere it diverges, and says so.
+    If ``x - f(x)`` is a contraction, each step reduces the error by its constant; otherwise the iteration may diverge,
+    and the status says so.
 
     Args:
         damping: Fraction of the step that is taken, in (0, 1].
@@ -73,12 +74,12 @@ class FixedPoint(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Anderson(Settings):
-    """Accelerates the fixed point by the combination of the last steps with the smallest residual.
+    """Accelerates the fixed point: takes the combination of the last steps with the smallest residual.
 
-    Each row has its own memory, and forgets it when its residual grows a hundredfold in one step.
+    Each row has its own history, which it discards when its residual grows a hundredfold in one step.
 
     Args:
-        memory: Steps remembered, 3 to 5 as a rule.
+        memory: Number of past steps that are kept, usually 3 to 5.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -151,10 +152,10 @@ class Newton(Settings):
     """Newton's method with a line search in each row.
 
     Args:
-        max_steps: Bound on the steps; default 50.
-        max_halvings: Halvings of a step that does not reduce the residual.
-        polish: Further steps once the tolerance is met; each is kept only where it improves the residual. The first
-            brings most rows to rounding.
+        max_steps: Maximum number of steps; default 50.
+        max_halvings: Maximum number of halvings of a step that does not reduce the residual.
+        polish: Number of further steps once the tolerance is met; each is kept only if it improves the residual. The
+            first one reduces the error of most rows to rounding.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -195,16 +196,16 @@ class Newton(Settings):
             residual: ``residual(x, *args)``.
             x0: Start, ``(*B, *E)``.
             *args: Tensors that differ from row to row.
-            step: ``step(x, r, *args)`` returns d with ``J(x) d = r``, where the Jacobian has a structure; the default
-                builds it by ``E`` vector-Jacobian products and solves in general.
+            step: ``step(x, r, *args)`` returns d with ``J(x) d = r``, for Jacobians with a structure; by default the
+                Jacobian is built by ``E`` vector-Jacobian products, and the system solved without structure.
             event_dim: Number of dimensions of E.
-            scale: ``|y|`` in the tolerance, shaped like x0.
+            scale: y, whose size ``rtol`` refers to, shaped like x0.
             gather: As in the module's docstring.
         """
 
         def dense(x: Tensor, r: Tensor, *args: Tensor) -> Tensor:
             jacobian = dense_jacobian(lambda x: residual(x, *args), x, event_dim)
-            # a singular or non-finite Jacobian is no reason to stop the other rows
+            # a singular or non-finite Jacobian must not stop the other rows
             bad = ~jacobian.isfinite().all(-1).all(-1)
             eye = torch.eye(jacobian.shape[-1], dtype=x.dtype, device=x.device)
             jacobian = where_rows(bad, eye.expand_as(jacobian), jacobian)
@@ -219,15 +220,15 @@ class Newton(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweeps(Settings):
-    """Solves equations whose Jacobian is triangular in some order of the unknowns, all at once, again and again.
+    """Solves equations whose Jacobian is triangular for some ordering of the unknowns, by sweeps over all of them.
 
-    A sweep solves each equation for its own unknown, the others being what the last sweep made them. After k sweeps the
-    first k unknowns in that order are exact, so that no more sweeps are needed than there are unknowns; as a rule far
-    fewer are.
+    A sweep solves each equation for its own unknown, with the others as the last sweep left them. After k sweeps the
+    first k unknowns in that ordering are solved, so there are at most as many sweeps as unknowns, and usually far
+    fewer.
 
     Args:
-        max_steps: Bound on the sweeps; default the number of unknowns.
-        polish: Further sweeps once the tolerance is met; each is kept only where it improves the residual.
+        max_steps: Maximum number of sweeps; default the number of unknowns.
+        polish: Number of further sweeps once the tolerance is met; each is kept only if it improves the residual.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -269,10 +270,10 @@ class Sweeps(Settings):
             residual: ``residual(x, *args)``.
             x0: Start, ``(*B, *E)``.
             *args: Tensors that differ from row to row.
-            sweep: One sweep, as ``step`` in :func:`~pyro_invflows.solvers.iterate`.
-            state: What a sweep hands on to the next.
+            sweep: A single sweep, as ``step`` in :func:`~pyro_invflows.solvers.iterate`.
+            state: Tensors that a sweep passes on to the next.
             event_dim: Number of dimensions of E.
-            scale: ``|y|`` in the tolerance, shaped like x0.
+            scale: y, whose size ``rtol`` refers to, shaped like x0.
             gather: As in the module's docstring.
         """
         settings = replace(self, max_steps=self.bound(x0.shape[x0.dim() - event_dim :].numel()))
@@ -291,7 +292,7 @@ class Sweeps(Settings):
 
 
 def _solve_rows(matrix: Tensor, rhs: Tensor) -> Tensor:
-    """Solve for each row; exactly singular matrices, which LU refuses, get a minimal shift."""
+    """Solve for each row; if LU finds an exactly singular matrix, shift all by a minimal multiple of the identity."""
     try:
         return linalg.solve(matrix, rhs.unsqueeze(-1)).squeeze(-1)
     except torch.linalg.LinAlgError:
@@ -339,7 +340,7 @@ def _damped(direction: Callable[..., Tensor], event_dim: int, max_halvings: int,
 def dense_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int = 1) -> Tensor:
     """Return the Jacobian of a row-wise function, event flattened: ``(*B, E, E)``, by E vector-Jacobian products.
 
-    A constant: no graph is kept. Row by row means that no element of the batch depends on another.
+    It is a constant: no graph is kept. Each element of the batch must depend on itself only.
     """
     batch = x.shape[: x.dim() - event_dim]
     if in_functorch():
@@ -354,7 +355,7 @@ def dense_jacobian(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: i
 
 
 def jacobian_of(value: Tensor, x: Tensor, event_dim: int = 1, *, create_graph: bool = False) -> Tensor:
-    """Return ``d value / d x`` ``(*B, E, E)`` from the graph that made ``value``, which is kept."""
+    """Return ``d value / d x`` ``(*B, E, E)`` from the graph of ``value``, which is retained."""
     batch = x.shape[: x.dim() - event_dim]
     size = x.shape[len(batch) :].numel()
     if not value.requires_grad:

@@ -1,4 +1,4 @@
-"""The loop of every solver: each row goes its own way and leaves when it is done."""
+"""The loop of every solver: each row iterates independently and leaves when it is done."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pyro_invflows.solvers.solution import Solution, Status, in_transform, row_m
 
 __all__ = ["iterate"]
 
-#: Rows are gathered once at most this fraction of those at hand is still active; below, gathering costs more.
+#: Rows are gathered once at most this fraction of them is still active; otherwise gathering would cost more.
 _GATHER_BELOW = 0.75
 
 Residual = Callable[..., Tensor]
 State = tuple[Tensor, ...]
-#: ``step(residual, x, r, state, args, seeking)``; seeking rows have not met their tolerance yet.
+#: ``step(residual, x, r, state, args, seeking)``; ``seeking`` marks rows that have not met their tolerance yet.
 Step = Callable[[Residual, Tensor, Tensor, State, tuple[Tensor, ...], Tensor], tuple[Tensor, Tensor, State]]
 
 
@@ -38,17 +38,17 @@ def iterate(
     """Run ``step`` until every row has converged, failed or run out of steps.
 
     Args:
-        settings: Tolerances and bound.
+        settings: Tolerances and ``max_steps``.
         residual: ``residual(x, *args) -> f(x) - y``, row by row.
         x0: Starting point ``(*B, *E)``.
-        args: Tensors whose leading dimensions are B (expanded views will do).
+        args: Tensors whose leading dimensions are B (they may be expanded views).
         step: ``step(residual, x, r, state, args, seeking) -> x, r, state``. Rows that are not seeking keep their point
-            where a step does not improve it: no effort need go into them.
-        state: Tensors with the leading dimensions B that a step hands on to the next.
+            if a step does not improve it, so the step need not take special care of them.
+        state: Tensors with the leading dimensions B that a step passes on to the next.
         event_dim: Number of dimensions of E.
-        scale: ``|y|`` in the tolerance, shaped like x0; default x0.
+        scale: y, whose size ``rtol`` refers to, shaped like x0; default x0.
         gather: Drop rows that are done from the evaluation, not only from the result.
-        polish: Further steps after a row has converged; the better point is kept.
+        polish: Number of further steps after a row has converged; the better point is kept.
     """
     batch = x0.shape[: x0.dim() - event_dim]
     atol, rtol = settings.tolerances(x0.dtype)

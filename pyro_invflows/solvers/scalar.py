@@ -19,16 +19,17 @@ __all__ = ["Bisection"]
 class Bisection(Settings):
     r"""Finds the root of a monotone function of one variable, for each element of a tensor.
 
-    The bracket grows from the start, doubling, until the sign changes; then each step is an inverse quadratic
-    interpolation where that can be trusted, and a bisection where not (Chandrupatla's method), so that the bracket
-    shrinks at least as fast as by bisection in the long run, and usually far faster. Function values only: no slope,
-    no gradient. An element without a sign change ends as ``NO_BRACKET``, never as an end of its bracket.
+    The bracket is doubled, from the starting point, until the sign changes. Then each step is an inverse quadratic
+    interpolation if that can be trusted, and a bisection otherwise (Chandrupatla's method), so that in the long run the
+    bracket shrinks at least as fast as by bisection, and usually far faster. Only function values are used, no slopes,
+    and there is no gradient. An element without a sign change gets the status ``NO_BRACKET``; an end of its bracket
+    never counts as a root.
 
     Args:
-        max_steps: Bound on the steps inside the bracket; default 100.
-        max_growth: Bound on the doublings of the bracket; 1 is its first half width.
-        shrink: Iterate on, beyond the tolerance, until the residual is smaller by this factor or the bracket has
-            shrunk to rounding.
+        max_steps: Maximum number of steps inside the bracket; default 100.
+        max_growth: Maximum number of doublings of the bracket, whose half-width is 1 at first.
+        shrink: Iterate beyond the tolerance, until the residual is smaller by this factor or the bracket has shrunk to
+            rounding error.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -68,11 +69,11 @@ class Bisection(Settings):
         """Solve ``residual(x) = 0``, where each element of the residual depends on the same element of x.
 
         Args:
-            residual: Monotone, of the shape of its argument.
-            x0: Start, any shape.
-            low: Lower ends of the brackets, where they are known.
-            high: Upper ends.
-            scale: ``|y|`` in the tolerance, shaped like x0; default x0.
+            residual: Monotone function that returns the shape of its argument.
+            x0: Starting points, any shape.
+            low: Lower ends of the brackets, if they are known.
+            high: Upper ends of the brackets, if they are known.
+            scale: y, whose size ``rtol`` refers to, shaped like x0; default x0.
         """
         atol, rtol = self.tolerances(x0.dtype)
         limits = torch.finfo(x0.dtype)
@@ -104,7 +105,7 @@ class Bisection(Settings):
             width = (b - a).abs()
             finest = 2 * limits.eps * best.abs() + limits.tiny
             active = active & (f_best.abs() > self.shrink * tolerance) & (width > finest)
-            # inverse quadratic interpolation where the three points are close to a parabola
+            # inverse quadratic interpolation if the three points are close to a parabola
             xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
             trusted = (1 - (1 - xi).clamp_min(0).sqrt() < phi) & (phi < xi.clamp_min(0).sqrt())
             alpha = (c - a) / (b - a)
