@@ -47,8 +47,8 @@ class Chain(Structure, nn.ModuleList):
 
     Raises:
         TypeError: if a part is not a transform (condition a conditional one first, or pass it to ``Flow``).
-        ValueError: if two neighbours do not fit, which are named; with ``recompute``, if a part changes the dimension
-            or has no exact log-det.
+        ValueError: if neighbouring parts do not fit (the message names both); with ``recompute``, if a part changes the
+            dimension or has no exact log-det.
 
     Differs from ``ComposeTransform``: it is a module, takes one pass for y and log-det, and checks shapes when built.
 
@@ -193,7 +193,7 @@ class Chain(Structure, nn.ModuleList):
     def from_latents(self, latents: Mapping[str, Tensor]) -> Tensor:
         """Return the ``y`` that has these latents.
 
-        Noise that is not given is drawn, so it can also serve as a side input; batch dimensions broadcast.
+        Any part of the noise may be supplied, as a side input; the rest is drawn. Batch dimensions broadcast.
 
         Raises:
             ValueError: if ``"base"`` is missing or a name is unknown; also as in :meth:`latents`.

@@ -26,15 +26,15 @@ __all__ = ["Conditional", "conditional_factory"]
 
 
 class Conditional(nn.Module):
-    r"""Shifts a layer's own parameters by the output of a hypernetwork, a function of a context.
+    r"""Shifts a layer's own parameters by the output of a hypernetwork that reads a context.
 
     .. math:: \theta(c) = \theta_0 + h(c).
 
     ``condition(context)`` evaluates the hypernetwork once, eagerly, and returns a copy of the template in which buffers
     with the context's batch dimensions in front replace the layer's own parameters. The sub-network of a layer (that
     of a coupling, say) is not amortised: it takes the context as additional input, if it was built with
-    ``context_dim``. Inside a ``Chain`` this applies to every part; parts without parameters, and foreign ones, stay
-    unchanged.
+    ``context_dim``. Inside a ``Chain`` this applies to every part; parts without parameters, and foreign parts,
+    stay unchanged.
 
     Initially :math:`h = 0`, and the conditioned layer equals the template for every context. If you pass a hypernetwork
     of your own, its initial output is up to you (end it with a layer of small or zero weights). A conditioned layer
@@ -46,7 +46,7 @@ class Conditional(nn.Module):
         hidden_dims: Widths of the hidden layers of the hypernetwork that is built if none is given.
         activation: Constructor of its activation.
         hypernet: A hypernetwork of your own: any module from ``(*B, context_dim)`` to ``(*B, n)``, where n is the
-            number of elements of all parameters that it sets (the error for a wrong size tells n).
+            number of elements of all parameters that it sets (the error for a wrong size states it).
         event_dim: Event dimensions of the flow that will contain the layer, if it has more than the layer: 3 for an
             elementwise layer, or one along the last axis, in an image flow. The context's batch dimensions go in front
             of these. Inside a ``Chain`` template the number is known.

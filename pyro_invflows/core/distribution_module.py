@@ -22,7 +22,7 @@ class DistributionModule(nn.Module):
         self.kind = type(base)
         takes_flag = "validate_args" in inspect.signature(type(base).__init__).parameters
         self.unchecked = {"validate_args": False} if takes_flag else {}
-        #: Whether values are checked; None where the base leaves it to torch's default.
+        #: Whether values are checked; None if the base leaves it to torch's default.
         self.validates = vars(_innermost(base)).get("_validate_args")
         self.constants: dict[str, Any] = {}
         self.constraints: dict[str, constraints.Constraint] = {}

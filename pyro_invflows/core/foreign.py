@@ -199,7 +199,7 @@ class Foreign(Bijection):
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
         own = self._copy()
-        return own._inv_call(y), own  # without the inverse transform, which would be kept
+        return own._inv_call(y), own  # not own.inv(y), whose inverse transform would be kept
 
     def _aux(self, x: Tensor, y: Tensor) -> Any:
         return self._copy()

@@ -25,16 +25,16 @@ class Inverted(Structure):
     :class:`Chain`, a module or a guide.
 
     **Forward**: the layer's inverse pass. **Inverse**: its forward pass. **Log-det**: minus that of the layer.
-    **Identity**: where the layer is.
+    **Identity**: if the layer is.
 
     Args:
         layer: Any transform; a layer of this library keeps its one-pass evaluation.
 
     Shape:
-        That of the layer, with input and output exchanged; the log-det has the batch shape, as that of the layer.
+        That of the layer, with input and output exchanged; the log-det has the batch shape.
 
     Raises:
-        TypeError: if it is not a transform.
+        TypeError: if ``layer`` is not a transform.
 
     Example:
         >>> layer = Diagonal(3)

@@ -22,7 +22,7 @@ class Reinterpreted(Structure):
     """A layer with some of its batch dimensions treated as event dimensions.
 
     It takes the place of torch's ``IndependentTransform``. **Forward**, **Inverse**: those of the layer. **Log-det**:
-    that of the layer, summed over these dimensions. **Identity**: where the layer is.
+    that of the layer, summed over these dimensions. **Identity**: if the layer is.
 
     Args:
         layer: Any transform.

@@ -86,9 +86,7 @@ def implicit_gradient(
         raise ValueError(f"{owner}: structure must be one of {STRUCTURES}, but got {structure!r}.")
     exact = structure in ("dense", "elementwise")
     if order not in (1, 2) or (order == 2 and not exact):
-        raise ValueError(
-            f"{owner}: order must be 1, or 2 where the structure is dense or elementwise, but got {order!r}."
-        )
+        raise ValueError(f"{owner}: order must be 1, or 2 if the structure is dense or elementwise, but got {order!r}.")
     if solver is not None:
         check_solver(solver, (Anderson, FixedPoint, Newton), owner)
     if structure == "autoregressive" and diagonal is None:
@@ -105,7 +103,7 @@ def implicit_gradient(
         if not exact:
             raise NotImplementedError(
                 f"{owner}: the {structure} implicit gradient does not work under torch.func; use torch.autograd, or a "
-                "dense structure where the event is small."
+                "dense structure if the event is small."
             )
         if not functorch and not torch.is_grad_enabled():
             return x

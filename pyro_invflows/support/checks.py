@@ -104,14 +104,14 @@ def described(value: Any) -> str:
 
 
 def real_number(value: float, name: str, owner: str) -> float:
-    """Check a number and return it as a float."""
+    """Check that a value is a real number, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{owner}: {name} must be a number, but got {value!r}.")
     return float(value)
 
 
 def positive_number(value: float, name: str, owner: str) -> float:
-    """Check a positive finite number and return it as a float."""
+    """Check that a value is a positive, finite number, and return it as a float."""
     number = real_number(value, name, owner)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{owner}: {name} must be positive and finite, but got {value!r}.")
@@ -119,7 +119,7 @@ def positive_number(value: float, name: str, owner: str) -> float:
 
 
 def is_size(value: float | None, owner: str) -> bool:
-    """Whether a factory's first argument is ``input_dim`` or was left out. If not, it is some other number."""
+    """Whether a factory's first argument is ``input_dim`` or was left out; if not, it is another number."""
     if value is None or (isinstance(value, numbers.Integral) and not isinstance(value, bool)):
         positive_int(1 if value is None else int(value), "input_dim", owner)
         return True
@@ -129,7 +129,7 @@ def is_size(value: float | None, owner: str) -> bool:
 
 
 def size_only(value: float | None, owner: str, hint: str = "") -> None:
-    """Refuse a number where only ``input_dim`` can be meant."""
+    """Check that a factory's first argument is ``input_dim`` or was left out."""
     if not is_size(value, owner):
         raise TypeError(f"{owner}: input_dim must be an int, but got the number {value!r}.{hint}")
 

@@ -11,7 +11,7 @@ __all__ = ["above", "below"]
 
 
 def _spacing(value: float, info: torch.finfo) -> float:
-    """Return how far the floats of a dtype lie apart around ``value``."""
+    """Return the spacing of the floats of a dtype around ``value``."""
     smallest = info.tiny * info.eps
     return max(info.eps * 2.0 ** (math.frexp(value)[1] - 1), smallest) if value else smallest
 
@@ -21,10 +21,12 @@ def _next_below(value: float, dtype: torch.dtype) -> float:
     spacing = _spacing(value, info)
     nearest = round(value / spacing) * spacing
     spacing = _spacing(nearest, info)
-    return nearest - (spacing / 2 if math.frexp(nearest)[0] == 0.5 else spacing)  # twice as many below a power of 2
+    return nearest - (
+        spacing / 2 if math.frexp(nearest)[0] == 0.5 else spacing
+    )  # they are twice as dense below a power of 2
 
 
-_next_below_once = functools.lru_cache(maxsize=256)(_next_below)  # which the compiler does not look into
+_next_below_once = functools.lru_cache(maxsize=256)(_next_below)  # the compiler cannot trace it
 
 
 def below(value: float, dtype: torch.dtype) -> float:
