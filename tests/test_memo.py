@@ -524,6 +524,34 @@ def test_training_with_and_without_it_is_the_same(case, dim):
 
 
 @pytest.mark.parametrize(("case", "dim"), SMALL)
+def test_eight_threads_share_a_layer(case, dim):
+    """Each samples and scores points of its own; the answers are those that it gets alone."""
+    layer = case.build(dim)
+    points = [case.points(dim, (3,), seed=i) for i in range(8)]
+
+    def score(x):
+        y = layer(x)
+        return layer.inv(y), layer.log_abs_det_jacobian(x, y), inv_and_ladj(layer, y)[1]
+
+    with torch.no_grad():
+        alone = [score(x) for x in points]
+    wrong = []
+
+    def work(x, expected):
+        with torch.no_grad():
+            for _ in range(5):
+                if not all(torch.allclose(a, b, rtol=1e-7, atol=1e-9) for a, b in zip(score(x), expected, strict=True)):
+                    wrong.append(x)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(points, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(("case", "dim"), SMALL)
 def test_checkpointing_a_score_of_a_fresh_sample(case, dim):
     """The second run of a checkpointed region must do what the first one did, though a sample is remembered."""
     layer = case.build(dim)
