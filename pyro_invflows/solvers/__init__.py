@@ -1,5 +1,6 @@
 """Root finders and implicit gradients: functions of tensors and callables, independent of any transform."""
 
+from pyro_invflows.solvers.bracketed import bracketed_newton
 from pyro_invflows.solvers.implicit import implicit_gradient
 from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, Sweeps, dense_jacobian
 from pyro_invflows.solvers.rows import iterate
@@ -18,6 +19,7 @@ __all__ = [
     "Solution",
     "Status",
     "Sweeps",
+    "bracketed_newton",
     "dense_jacobian",
     "finish",
     "implicit_gradient",

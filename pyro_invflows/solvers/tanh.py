@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyro_invflows.solvers.iterative import Newton
 from pyro_invflows.solvers.solution import Solution, Status, finish, is_blind
-from pyro_invflows.support.derivatives import steps_with_graph
-from pyro_invflows.support.modes import forward_levels, in_forward_mode, in_functorch
+from pyro_invflows.support.derivatives import may_differentiate, steps_with_graph
+from pyro_invflows.support.modes import forward_levels
 
 __all__ = ["solve_tanh", "tanh_root", "tanh_slope"]
 
@@ -169,11 +169,6 @@ def _in_front(tensors: list[Tensor], in_dims: tuple[int | None, ...], events: li
     return [c, *moved[1:]]
 
 
-def _needs_graph(*tensors: Tensor) -> bool:
-    """Whether a derivative may be requested; if not, an autograd function would only cost time."""
-    return in_functorch() or in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-
-
 def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: str = "tanh_root") -> Tensor:
     """Return the solution of ``s + (d - 1) tanh(s) = c``, element by element, differentiable in c and d.
 
@@ -198,7 +193,7 @@ def tanh_root(c: Tensor, d: Tensor, settings: Newton | None = None, *, owner: st
         with torch.no_grad():
             s = finish(solve_tanh(c.detach(), d.detach(), settings), owner, settings)
     else:
-        root = _TanhRoot.apply if _needs_graph(c, d) else _TanhRoot.forward
+        root = _TanhRoot.apply if may_differentiate(c, d) else _TanhRoot.forward
         s = root(c, d, settings, owner)
         if forward_levels() < 2:
             return s

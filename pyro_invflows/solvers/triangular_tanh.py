@@ -15,8 +15,8 @@ from torch import Tensor
 from pyro_invflows.linalg import rows_times
 from pyro_invflows.solvers.iterative import Newton
 from pyro_invflows.solvers.solution import Solution, finish, is_blind
-from pyro_invflows.solvers.tanh import _in_front, _needs_graph, _start, _status, solve_tanh, tanh_slope
-from pyro_invflows.support.derivatives import steps_with_graph
+from pyro_invflows.solvers.tanh import _in_front, _start, _status, solve_tanh, tanh_slope
+from pyro_invflows.support.derivatives import may_differentiate, steps_with_graph
 from pyro_invflows.support.modes import forward_levels
 
 __all__ = ["solve_triangular_tanh", "triangular_tanh_root"]
@@ -280,7 +280,7 @@ def triangular_tanh_root(
         with torch.no_grad():
             s = finish(solve_triangular_tanh(c.detach(), strict.detach(), d.detach(), settings), owner, settings)
     else:
-        root = _TriangularRoot.apply if _needs_graph(c, strict, d) else _TriangularRoot.forward
+        root = _TriangularRoot.apply if may_differentiate(c, strict, d) else _TriangularRoot.forward
         s = root(c, strict, d, settings, owner)
         if forward_levels() < 2:
             return s

@@ -14,23 +14,33 @@ from pyro_invflows.support.modes import derivative_levels, in_forward_mode, in_f
 __all__ = [
     "first_order_only",
     "gradients_with_graph",
+    "in_plain_eager_mode",
     "in_reverse_mode_only",
+    "may_differentiate",
     "outside_inference_mode",
     "steps_with_graph",
 ]
 
 
-def in_reverse_mode_only() -> bool:
-    """Whether autograd is recording for a backward pass, outside of every other mode.
+def in_plain_eager_mode() -> bool:
+    """Whether operations run at once and as they stand, outside of every mode.
 
-    Then an autograd function may do without forward mode and ``torch.func``. Autocast counts as another mode, because
-    under it the function would have to follow autocast's casting rules.
+    Then an autograd function may do without forward mode and ``torch.func``. Autocast counts as a mode, because under
+    it the function would have to follow autocast's casting rules.
     """
     if torch.compiler.is_compiling() or in_functorch():
         return False
-    if is_any_autocast() or in_forward_mode() or is_tracing():
-        return False
-    return torch.is_grad_enabled()
+    return not (is_any_autocast() or in_forward_mode() or is_tracing())
+
+
+def in_reverse_mode_only() -> bool:
+    """Whether autograd is recording for a backward pass, outside of every other mode."""
+    return in_plain_eager_mode() and torch.is_grad_enabled()
+
+
+def may_differentiate(*tensors: Tensor) -> bool:
+    """Whether anything could ask for a derivative by one of the tensors; where not, a graph only costs time."""
+    return in_functorch() or in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def steps_with_graph() -> int:
