@@ -33,7 +33,7 @@ def contraction_matrix(left: Tensor, slope: Tensor, right: Tensor, outer: Tensor
     if outer is None:
         product = cyclic_product([right, left], [slope, None])
     else:
-        product = cyclic_product([left.mT, right.mT], [slope, outer]).mT
+        product = cyclic_product([left.transpose(-2, -1), right.transpose(-2, -1)], [slope, outer]).transpose(-2, -1)
     return product + torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
 
 

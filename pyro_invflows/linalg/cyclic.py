@@ -42,17 +42,17 @@ def cyclic_product(weights: Sequence[Tensor], slopes: Sequence[Tensor | None], s
             factors.append((weight, slope))
     # transposed, so that each step multiplies the rows of all points by one matrix
     (weight, slope), *rest = factors
-    product = weight.mT
+    product = weight.transpose(-2, -1)
     if rest and slope is not None and rest[0][0].shape[-2] <= slope.shape[:-1].numel():
         (weight, next_slope), *rest = rest
-        product, slope = _sandwich(product, slope, weight.mT), next_slope
+        product, slope = _sandwich(product, slope, weight.transpose(-2, -1)), next_slope
     for weight, next_slope in rest:
-        product = rows_times(product if slope is None else product * slope.unsqueeze(-2), weight.mT)
+        product = rows_times(product if slope is None else product * slope.unsqueeze(-2), weight.transpose(-2, -1))
         slope = next_slope
-    return (product if slope is None else product * slope.unsqueeze(-2)).mT
+    return (product if slope is None else product * slope.unsqueeze(-2)).transpose(-2, -1)
 
 
 def _sandwich(left: Tensor, slope: Tensor, right: Tensor) -> Tensor:
     """Return ``left diag(slope) right`` for each point by a single product, without a copy of ``left`` per point."""
-    outer = left.mT.unsqueeze(-1) * right.unsqueeze(-2)  # (n, p, q)
+    outer = left.transpose(-2, -1).unsqueeze(-1) * right.unsqueeze(-2)  # (n, p, q)
     return (slope @ outer.flatten(-2)).unflatten(-1, outer.shape[-2:])

@@ -52,7 +52,11 @@ def solve(matrix: Tensor, rhs: Tensor) -> Tensor:
     if matrix.dtype in HALF:  # not supported by LAPACK
         return solve(matrix.float(), rhs.float()).to(rhs.dtype)
     if _lu_is_right(matrix):
-        return torch.linalg.inv(matrix) @ rhs if forward_levels() else torch.linalg.solve(matrix, rhs)
+        if forward_levels():
+            return torch.linalg.inv(matrix) @ rhs
+        if torch.compiler.is_compiling():  # an error cannot be raised from within a compiled loop
+            return torch.linalg.solve_ex(matrix, rhs)[0]
+        return torch.linalg.solve(matrix, rhs)
     q, r = torch.linalg.qr(matrix)
     return torch.linalg.solve_triangular(r, q.mT @ rhs, upper=True)
 

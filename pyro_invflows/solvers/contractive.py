@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyro_invflows.solvers.iterative import FixedPoint
 from pyro_invflows.solvers.settings import Settings
-from pyro_invflows.solvers.solution import Solution, in_transform, where_rows
+from pyro_invflows.solvers.solution import Solution, is_blind, where_rows
+from pyro_invflows.support.modes import holds_anywhere
 
 __all__ = ["FoldedEquation", "chord_steps", "finish_by_fixed_point", "fixed_point_steps"]
 
@@ -117,10 +118,12 @@ def finish_by_fixed_point(
         unit: What the residual was divided by.
         **how: Passed to the solver.
     """
-    if in_transform(start) or first.converged.all():
+    # while compiling, this is a loop that ends before its first round
+    if not torch.compiler.is_compiling() and (is_blind(start) or not holds_anywhere(~first.converged)):
         return first
     again = where_rows(first.converged, first.value, start) / unit
     steps = fixed_point_steps(lipschitz, start.dtype)
     solver = FixedPoint(atol=settings.atol, rtol=settings.rtol, max_steps=steps)
     second = solver(lambda x, *args: residual(x * unit, *args), again, *args, **how)
-    return second._replace(value=second.value * unit, num_steps=first.num_steps + second.num_steps)
+    value = where_rows(first.converged, first.value, second.value * unit)
+    return second._replace(value=value, num_steps=first.num_steps + second.num_steps)

@@ -18,10 +18,10 @@ from torch import Tensor
 from pyro_invflows import linalg
 from pyro_invflows.solvers.rows import Residual, State, Step, iterate
 from pyro_invflows.solvers.settings import Settings
-from pyro_invflows.solvers.solution import Solution, in_transform, where_rows
+from pyro_invflows.solvers.solution import Solution, is_blind, where_rows
 from pyro_invflows.support.checks import is_int
 from pyro_invflows.support.devices import lacks_float64
-from pyro_invflows.support.modes import in_functorch
+from pyro_invflows.support.modes import holds_anywhere, in_functorch
 
 __all__ = ["Anderson", "FixedPoint", "Newton", "Sweeps", "dense_jacobian"]
 
@@ -315,17 +315,17 @@ def _damped(direction: Callable[..., Tensor], event_dim: int, max_halvings: int,
         d = direction(x, r, *args)
         new_x = x - d
         new_r = residual(new_x, *args)
-        if in_transform(x):
+        if is_blind(x):
             return new_x, new_r, state
         before = norm(r)
         fraction = 1.0
         for _ in range(max_halvings):
             # NaN fails the comparison too
             poor = seeking & ~(norm(new_r) <= (1 - 1e-4 * fraction) * before)
-            if not poor.any():
+            if not holds_anywhere(poor):
                 break
             fraction /= 2
-            if gather and poor.numel() > 1:
+            if gather and poor.numel() > 1 and not in_functorch():
                 some = x[poor] - fraction * d[poor]
                 new_x = new_x.index_put((poor,), some)
                 new_r = new_r.index_put((poor,), residual(some, *(a[poor] for a in args)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_invflows.solvers.loop import repeat
 from pyro_invflows.solvers.settings import Settings
 from pyro_invflows.solvers.solution import Solution, Status, in_transform, row_max, where_rows
 
@@ -52,7 +53,6 @@ def iterate(
     """
     batch = x0.shape[: x0.dim() - event_dim]
     atol, rtol = settings.tolerances(x0.dtype)
-    hidden = in_transform(x0)
     x, r = x0, residual(x0, *args)
 
     tolerance = atol + rtol * row_max(x0 if scale is None else scale, event_dim)
@@ -61,29 +61,20 @@ def iterate(
     left = torch.where(met, polish, polish + 1)
     active = error.isfinite() & (left > 0)
     steps = torch.zeros_like(error, dtype=torch.int32)
-    # the whole batch, written to when rows leave
-    whole: list[Tensor] = []
-    rows: Tensor | None = None
-
     max_steps = settings.bound()
-    for _ in range(max_steps + polish):
-        if not hidden:
-            if not active.any():
-                break
-            if gather and active.numel() > 1 and active.sum() <= _GATHER_BELOW * active.numel():
-                now = [x, error, met, steps]
-                if rows is None:
-                    whole = [t.reshape(batch.numel(), *t.shape[len(batch) :]).clone() for t in now]
-                    rows = active.reshape(-1).nonzero().squeeze(-1)
-                else:
-                    for all_rows, some in zip(whole, now, strict=True):
-                        all_rows[rows] = some
-                    rows = rows[active]
-                x, r, error, met, steps, left, tolerance, *rest = (
-                    t[active] for t in (x, r, error, met, steps, left, tolerance, *state, *args)
-                )
-                state, args = tuple(rest[: len(state)]), tuple(rest[len(state) :])
-                active = torch.ones_like(met)
+
+    def advance(
+        tolerance: Tensor,
+        args: State,
+        active: Tensor,
+        x: Tensor,
+        r: Tensor,
+        error: Tensor,
+        met: Tensor,
+        left: Tensor,
+        steps: Tensor,
+        *state: Tensor,
+    ) -> tuple[Tensor, ...]:
         # a row that has not met its tolerance within max_steps is not polished
         active = active & ((steps < max_steps) | met)
         new_x, new_r, state = step(residual, x, r, state, args, active & ~met)
@@ -96,12 +87,45 @@ def iterate(
         steps = steps + active.to(steps.dtype)
         left = torch.where(met | new_met, left - 1, left)
         met = met | (active & new_met)
-        active = active & error.isfinite() & (left > 0)
+        return active & error.isfinite() & (left > 0), x, r, error, met, left, steps, *state
+
+    now: tuple[Tensor, ...] = (active, x, r, error, met, left, steps, *state)
+    if in_transform(x0) or not gather:
+        _, x, _, error, met, _, steps, *_ = repeat(
+            lambda *now: advance(tolerance, args, *now), *now, bound=max_steps + polish
+        )
+        return _solution(x, error, met, steps)
+    # the whole batch, written to when rows leave
+    whole: list[Tensor] = []
+    rows: Tensor | None = None
+    for _ in range(max_steps + polish):
+        active = now[0]
+        if not active.any():
+            break
+        if active.numel() > 1 and active.sum() <= _GATHER_BELOW * active.numel():
+            done = [now[i] for i in _RESULTS]
+            if rows is None:
+                whole = [t.reshape(batch.numel(), *t.shape[len(batch) :]).clone() for t in done]
+                rows = active.reshape(-1).nonzero().squeeze(-1)
+            else:
+                for all_rows, some in zip(whole, done, strict=True):
+                    all_rows[rows] = some
+                rows = rows[active]
+            now, args, tolerance = tuple(t[active] for t in now), tuple(t[active] for t in args), tolerance[active]
+        now = advance(tolerance, args, *now)
+    results = [now[i] for i in _RESULTS]
     if rows is not None:
-        for all_rows, some in zip(whole, [x, error, met, steps], strict=True):
+        for all_rows, some in zip(whole, results, strict=True):
             all_rows[rows] = some
-        x = whole[0].reshape(x0.shape)
-        error, met, steps = (t.reshape(batch) for t in whole[1:])
+        results = [whole[0].reshape(x0.shape), *(t.reshape(batch) for t in whole[1:])]
+    return _solution(*results)
+
+
+#: Where the point, its error, whether it has met its tolerance, and its steps stand among what a round hands on.
+_RESULTS = 1, 3, 4, 6
+
+
+def _solution(x: Tensor, error: Tensor, met: Tensor, steps: Tensor) -> Solution:
     status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(met | error.isfinite(), status, int(Status.NONFINITE))
     return Solution(x, status.to(torch.int8), steps, error)

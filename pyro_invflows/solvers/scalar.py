@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_invflows.solvers.loop import repeat
 from pyro_invflows.solvers.settings import Settings
-from pyro_invflows.solvers.solution import Solution, Status, in_transform
+from pyro_invflows.solvers.solution import Solution, Status, is_blind
 from pyro_invflows.support.checks import is_int
+from pyro_invflows.support.modes import holds_anywhere
 
 __all__ = ["Bisection"]
 
@@ -88,10 +90,20 @@ class Bisection(Settings):
         best, f_best = torch.where(closer, a, b), torch.where(closer, fa, fb)
         active = bracketed & (f_best != 0)
         steps = torch.zeros_like(x0, dtype=torch.int32)
-        hidden = in_transform(x0)
-        for _ in range(self.bound()):
-            if not hidden and not active.any():
-                break
+
+        def narrow(
+            active: Tensor,
+            a: Tensor,
+            b: Tensor,
+            c: Tensor,
+            fa: Tensor,
+            fb: Tensor,
+            fc: Tensor,
+            best: Tensor,
+            f_best: Tensor,
+            fraction: Tensor,
+            steps: Tensor,
+        ) -> tuple[Tensor, ...]:
             x = torch.where(active, a + fraction * (b - a), best)
             f = residual(x)
             active = active & f.isfinite()
@@ -113,6 +125,10 @@ class Bisection(Settings):
             fraction = torch.where(trusted & quadratic.isfinite(), quadratic, 0.5)
             least = (0.5 * finest / width.clamp_min(limits.tiny)).clamp_max(0.5)
             fraction = torch.minimum(torch.maximum(fraction, least), 1 - least)
+            return active, a, b, c, fa, fb, fc, best, f_best, fraction, steps
+
+        ends = repeat(narrow, active, a, b, c, fa, fb, fc, best, f_best, fraction, steps, bound=self.bound())
+        best, f_best, _, steps = ends[7:]
         met = f_best.abs() <= tolerance
         status = torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS))
         status = torch.where(met | bracketed, status, int(Status.NO_BRACKET))
@@ -124,12 +140,12 @@ class Bisection(Settings):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Move the ends outwards until the signs differ; the inner end follows, so that the bracket stays tight."""
         fa, fb = residual(a), residual(b)
-        width = (b - a).abs()
-        hidden = in_transform(x0)
-        for _ in range(0 if fixed else self.max_growth):
-            outside = (fa.sign() * fb.sign() > 0) & fa.isfinite() & fb.isfinite()
-            if not hidden and not outside.any():
-                break
+        blind = is_blind(x0)
+
+        def lie_outside(fa: Tensor, fb: Tensor) -> Tensor:
+            return (fa.sign() * fb.sign() > 0) & fa.isfinite() & fb.isfinite()
+
+        def move(outside: Tensor, a: Tensor, b: Tensor, fa: Tensor, fb: Tensor, width: Tensor) -> tuple[Tensor, ...]:
             width = torch.where(outside, 2 * width, width)
             # towards the end with the smaller residual: a monotone function has its root on that side
             downwards = outside & (fa.abs() <= fb.abs())
@@ -138,10 +154,14 @@ class Bisection(Settings):
             # one evaluation for both ends where only one moves
             both = downwards & upwards
             moved = residual(torch.where(downwards, new_a, torch.where(upwards, new_b, x0)))
-            moved_b = residual(torch.where(upwards, new_b, x0)) if hidden or both.any() else moved
+            moved_b = residual(torch.where(upwards, new_b, x0)) if blind or holds_anywhere(both) else moved
             # the old end becomes the inner one
             inner_a, inner_fa = torch.where(upwards & ~both, b, a), torch.where(upwards & ~both, fb, fa)
             inner_b, inner_fb = torch.where(downwards & ~both, a, b), torch.where(downwards & ~both, fa, fb)
             a, fa = torch.where(downwards, new_a, inner_a), torch.where(downwards, moved, inner_fa)
             b, fb = torch.where(upwards, new_b, inner_b), torch.where(upwards, moved_b, inner_fb)
+            return lie_outside(fa, fb), a, b, fa, fb, width
+
+        start = lie_outside(fa, fb), a, b, fa, fb, (b - a).abs()
+        _, a, b, fa, fb, _ = repeat(move, *start, bound=0 if fixed else self.max_growth)
         return a, b, fa, fb

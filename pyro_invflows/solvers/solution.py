@@ -54,7 +54,7 @@ class Solution(NamedTuple):
     @property
     def converged(self) -> Tensor:
         """Whether each row converged."""
-        return self.status == Status.CONVERGED
+        return self.status == int(Status.CONVERGED)  # dynamo cannot compare with an enum
 
 
 def is_blind(value: Tensor) -> bool:
@@ -93,7 +93,7 @@ def finish(solution: Solution, owner: str, settings: Settings, *, given: Tensor 
     Raises:
         ConvergenceError: if rows failed and ``on_failure="raise"``.
     """
-    failed = solution.status != int(Status.CONVERGED)  # dynamo cannot compare with an enum
+    failed = ~solution.converged
     hidden = in_transform(solution.value)
     if not hidden and not failed.any():
         return solution.value

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch._C._functorch import TransformType
+from torch._higher_order_ops import while_loop
 from torch.autograd import forward_ad
 
 __all__ = [
+    "compiled_loop",
     "derivative_levels",
     "forward_levels",
     "functorch_level",
+    "holds_anywhere",
     "in_forward_mode",
     "in_functorch",
     "is_any_autocast",
@@ -28,6 +34,35 @@ is_tracing = torch._C._is_tracing
 def functorch_level() -> int:
     """Return the number of active ``torch.func`` transforms."""
     return torch._C._functorch.maybe_current_level() or 0
+
+
+def holds_anywhere(mask: Tensor) -> bool:
+    """Whether a mask holds anywhere, also in a batch that ``vmap`` hides."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(mask):
+        mask = torch._C._functorch.get_unwrapped(mask)
+    return bool(mask.any())
+
+
+def compiled_loop(
+    body: Callable[..., tuple[Tensor, ...]], carried: tuple[Tensor, ...], bound: int
+) -> tuple[Tensor, ...]:
+    """Put a loop into the graph being compiled: ``carried = body(*carried)`` while ``carried[0]`` holds anywhere.
+
+    Args:
+        body: Returns tensors like those that it is given.
+        carried: The mask, and what else goes from one round to the next.
+        bound: Number of rounds at most.
+    """
+
+    def goes_on(count: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
+        return (count < bound) & mask.any()
+
+    def counted(count: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:
+        return count + 1, *body(*carried)
+
+    start = torch.zeros((), dtype=torch.int64, device=carried[0].device)
+    # clones, for nothing that is carried may share memory with anything else
+    return while_loop(goes_on, counted, (start, *(t.clone() for t in carried)))[1:]
 
 
 def forward_levels() -> int:

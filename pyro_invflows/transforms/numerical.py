@@ -219,7 +219,7 @@ class NumericalInverse(Structure):
         if self.structure != "triangular" or in_transform(y):
             return solution
         given = y.isfinite().all(-1)
-        todo = (solution.status != Status.CONVERGED) & given
+        todo = (solution.status != int(Status.CONVERGED)) & given
         if not todo.any():
             return solution
         return self._coordinatewise(residual, y, solution, todo)
