@@ -471,7 +471,7 @@ def test_a_used_layer_is_no_reference_cycle():
         layer = conditional.condition(torch.randn(10, 2))
         y = layer(torch.randn(10, 4))
         inverse = layer.inv
-        assert layer.inv is inverse
+        assert layer.inv == inverse
         assert inverse.inv is layer
         (y + inverse(y.detach())).sum().backward()
         alive = [weakref.ref(layer), weakref.ref(y)]

@@ -1,35 +1,31 @@
 """The base class of every layer.
 
 A layer is a :class:`torch.distributions.Transform` **and** a :class:`torch.nn.Module`. Its author writes three
-hooks (:class:`Bijection`), or fewer with the classes of :mod:`pyro_invflows.core.kinds`. The base class provides
-shapes, checks, copies and the memo (:mod:`pyro_invflows.core.memo`).
+hooks (:class:`Bijection`), or fewer with the classes of :mod:`pyro_invflows.core.kinds`. Shapes and checks come from
+:mod:`pyro_invflows.core.shaped`, the memo from :mod:`pyro_invflows.core.memo`.
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from pyro.distributions import TransformModule
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
 from pyro_invflows.core import memo
-from pyro_invflows.core.events import event_constraint, negative_axis
 from pyro_invflows.core.memo import FORWARD, INVERSE
+from pyro_invflows.core.shaped import Shaped
 from pyro_invflows.networks.network import restart
-from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.computed import compute_tensors
-from pyro_invflows.support.modes import is_any_autocast
 
 __all__ = ["Bijection", "InverseView"]
 
 
-class Bijection(TransformModule):
+class Bijection(Shaped):
     r"""An invertible layer: a torch ``Transform`` that is also an ``nn.Module``.
 
     **How to write one**: define the three hooks below, and check the layer with
@@ -116,23 +112,9 @@ class Bijection(TransformModule):
     draws_inverse = False
     #: Whether the layer depends on more than its parameters and buffers; then nothing is remembered.
     opaque = False
-    #: Size that an event must have along ``dim``; None if any size will do.
-    input_dim: int | None = None
-    dim: int = -1
-
-    domain: constraints.Constraint = constraints.real_vector
-    codomain: constraints.Constraint = constraints.real_vector
 
     def __init__(self, input_dim: int | None = None, *, dim: int = -1, cache_size: int = 1) -> None:
-        super().__init__(cache_size=cache_size)
-        owner = type(self).__name__
-        if input_dim is not None:
-            self.input_dim = positive_int(input_dim, "input_dim", owner)
-        self.dim = negative_axis(dim, owner)
-        if self.dim != -1:
-            self.domain = self.codomain = event_constraint(-self.dim)
-        self._inv: Any = None
-        self._batch_shape = torch.Size()
+        super().__init__(input_dim, dim=dim, cache_size=cache_size)
         self._memo: memo.Entry | None = None
         self._kept: tuple[tuple[nn.Module, ...], tuple[nn.Module | None, ...]] | None = None
 
@@ -153,36 +135,6 @@ class Bijection(TransformModule):
         """Return the aux when only ``x`` and ``y`` are known."""
         return self.evaluate(x)[1]
 
-    def _check(self, value: Tensor, inverse: bool) -> None:
-        """Raise an error, at almost no cost, if a value cannot be an event of this layer."""
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
-            self._refuse_kind(value)
-        for own in (self._parameters, self._buffers):
-            for name, tensor in own.items():
-                if tensor is not None and tensor.dtype != value.dtype and tensor.is_floating_point():
-                    self._refuse_dtype(value, name, tensor)
-        event_dim = (self.codomain if inverse else self.domain).event_dim
-        if event_dim and (
-            value.dim() < event_dim or (self.input_dim is not None and value.shape[self.dim] != self.input_dim)
-        ):
-            self.check_event(value.shape, inverse)
-
-    def trace_event(self, sizes: Mapping[int, int], inverse: bool = False) -> dict[int, int]:
-        """Follow known event sizes ``{negative axis: size}`` through the layer.
-
-        Raises:
-            ValueError: if a known size differs from the one that the layer needs.
-        """
-        sizes = dict(sizes)
-        if self.input_dim is not None:
-            known = sizes.setdefault(self.dim, self.input_dim)
-            if known != self.input_dim:
-                raise ValueError(
-                    f"{type(self).__name__} works on events with {self.input_dim} elements along dim {self.dim}, "
-                    f"but got {known}."
-                )
-        return sizes
-
     def reset_parameters(self) -> None:
         """Restore the initial state, that of a newly built layer; random initial values are drawn anew.
 
@@ -199,53 +151,6 @@ class Bijection(TransformModule):
         for child in self.children():
             restart(child)
 
-    # ------------------------------------------------------------------ shapes
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Batch shape of the layer's own parameters: ``()``, or that of the context it was conditioned on."""
-        return self._batch_shape
-
-    def check_event(self, shape: torch.Size, inverse: bool) -> tuple[int, ...]:
-        """Check the event part of an input's ``shape`` and return the event shape of the output.
-
-        Raises:
-            ValueError: if there are too few dimensions, or if a size differs from the one that the layer needs.
-        """
-        event_dim = (self.codomain if inverse else self.domain).event_dim
-        if len(shape) < event_dim:
-            raise ValueError(
-                f"{type(self).__name__} works on events with {event_dim} dimension(s), but got the shape "
-                f"{tuple(shape)}."
-            )
-        if not event_dim:
-            return ()
-        other = (self.domain if inverse else self.codomain).event_dim
-        plain = type(self).trace_event is Bijection.trace_event and other == event_dim
-        if plain and self.input_dim in (None, shape[self.dim]):  # most layers; a Flow asks in every call
-            return tuple(shape[-event_dim:])
-        sizes = self.trace_event({i - event_dim: n for i, n in enumerate(shape[-event_dim:])}, inverse)
-        return tuple(sizes[i] for i in range(-other, 0))
-
-    def _shape(self, shape: torch.Size, inverse: bool) -> torch.Size:
-        event = self.check_event(shape, inverse)
-        event_dim = (self.codomain if inverse else self.domain).event_dim
-        batch, own = shape[: len(shape) - event_dim], self.batch_shape
-        return torch.Size((torch.broadcast_shapes(batch, own) if own else batch) + event)
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """Return the shape of ``self(x)`` for x of ``shape``; raises ``ValueError`` on a wrong event size."""
-        return self._shape(shape, inverse=False)
-
-    def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """Return the shape of ``self.inv(y)`` for y of ``shape``; raises ``ValueError`` on a wrong event size."""
-        return self._shape(shape, inverse=True)
-
-    def log_det_shape(self, x: Tensor) -> torch.Size:
-        """Return the broadcast of the batch shapes of the input and of the parameters."""
-        batch = x.shape[: x.dim() - self.domain.event_dim]
-        return torch.broadcast_shapes(batch, self.batch_shape) if self.batch_shape else batch
-
     # ------------------------------------------------------------------ for structures
 
     def named_parts(self) -> Iterator[tuple[str, Bijection, int]]:
@@ -259,11 +164,6 @@ class Bijection(TransformModule):
         """Yield the innermost layers of a structure, in the order of a pass, each with whether it runs inverted."""
         yield self, inverse
 
-    @property
-    def label(self) -> str:
-        """The layer's name in error messages."""
-        return type(self).__name__
-
     def evaluate(self, x: Tensor) -> tuple[Tensor, Any]:
         """Check x and return y and the aux; the memo is neither read nor filled."""
         return self._run(self._forward_aux, x, inverse=False)
@@ -271,28 +171,6 @@ class Bijection(TransformModule):
     def evaluate_inverse(self, y: Tensor) -> tuple[Tensor, Any]:
         """Check y and return x and the aux; the memo is neither read nor filled."""
         return self._run(self._inverse_aux, y, inverse=True)
-
-    def _refuse_kind(self, value: Any) -> NoReturn:
-        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        if isinstance(value, int):  # Pyro's guides call an init_transform_fn with an int
-            raise TypeError(
-                f"{type(self).__name__} needs a floating point tensor, but got the int {value}. If an argument is "
-                "meant to be a function that builds a layer from its size, pass the function and not a layer, for "
-                "example partial(stack, 4, affine_coupling)."
-            )
-        raise TypeError(
-            f"{type(self).__name__} needs a floating point tensor, but got {kind}. Convert it first, for example with "
-            "x.float() or torch.as_tensor."
-        )
-
-    def _refuse_dtype(self, value: Tensor, name: str, tensor: Tensor) -> None:
-        if is_any_autocast():
-            return
-        raise TypeError(
-            f"{type(self).__name__}: input and parameters must have the same dtype, but the input is "
-            f"{value.dtype} and '{name}' is {tensor.dtype}. Convert the layer with .to({value.dtype}) or the input "
-            f"with .to({tensor.dtype})."
-        )
 
     def _run(self, hook: Any, value: Tensor, inverse: bool) -> tuple[Tensor, Any]:
         """Check ``value`` and run a hook; name the parameter if dtypes clash inside a sub-network."""
@@ -381,12 +259,7 @@ class Bijection(TransformModule):
     @property
     def inv(self) -> Transform:
         """The inverse, as a transform that is not a module; :class:`~pyro_invflows.Inverted` is one."""
-        known: Any = self._inv  # a weak reference: no cycle keeps a conditioned layer and its graph alive
-        view = None if known is None else known()
-        if view is None:
-            view = InverseView(self)
-            self._inv = weakref.ref(view)
-        return view
+        return InverseView(self)  # not kept: a cycle would keep a conditioned layer and its graph alive
 
     def clear_cache(self) -> None:
         """Forget the last evaluation."""
@@ -404,7 +277,7 @@ class Bijection(TransformModule):
 
     def _copied_state(self) -> dict[str, Any]:
         """Return the attributes that a copy starts with."""
-        return self.__dict__ | {"_inv": None, "_memo": None, "_kept": None}
+        return self.__dict__ | {"_memo": None, "_kept": None}
 
     def __getstate__(self) -> dict[str, Any]:
         return self._copied_state()
@@ -426,12 +299,6 @@ class Bijection(TransformModule):
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
-
-    def extra_repr(self) -> str:
-        parts = [] if self.input_dim is None else [str(self.input_dim)]
-        if self.dim != -1:
-            parts.append(f"dim={self.dim}")
-        return ", ".join(parts)
 
 
 class InverseView(_InverseTransform):
