@@ -11,7 +11,7 @@ from pyro_invflows.solvers.solution import Solution, Status, in_transform
 
 __all__ = ["bracketed_newton"]
 
-#: Where the values cannot be looked at, the steps are as many whatever the data.
+#: Number of steps if the values cannot be inspected.
 _BLIND_STEPS = 40
 
 
@@ -27,18 +27,18 @@ def bracketed_newton(
 ) -> Solution:
     """Solve ``f(x) = y``, element by element; no gradient.
 
-    A Newton step is taken where it stays inside the bracket and the residual has at least halved since the last one,
-    else the bracket is halved. An element is done when its residual is at rounding, or its bracket: where f is so
-    flat, or so steep, that no float meets y any better.
+    A Newton step is taken if it stays inside the bracket and the last step at least halved the residual; otherwise the
+    bracket is halved. An element is done when its residual or its bracket has shrunk to rounding error: then f is so
+    flat, or so steep, that no float reproduces y any better.
 
     Args:
-        function: Increasing: ``x -> f(x), log f'(x)``.
+        function: ``x -> f(x), log f'(x)``, with f increasing.
         y: Any shape.
-        low: Lower ends, ``f(low) <= y``, of the shape of y.
-        high: Upper ends, likewise.
-        start: Where to begin, inside.
-        max_steps: Bound on the steps; far fewer are needed as a rule. 40 are taken under a compiler, on the meta device
-            and under ``torch.func``, where nobody can look.
+        low: Lower ends of the brackets, ``f(low) <= y``, shaped like y.
+        high: Upper ends of the brackets, ``f(high) >= y``, shaped like y.
+        start: Starting points inside the brackets.
+        max_steps: Maximum number of steps; usually far fewer are needed. While compiling, on the meta device and under
+            ``torch.func``, where values cannot be inspected, 40 are taken.
     """
     eps = torch.finfo(y.dtype).eps
     goal = 4 * eps * (1 + y.abs())

@@ -118,7 +118,7 @@ def finish_by_fixed_point(
         unit: What the residual was divided by.
         **how: Passed to the solver.
     """
-    # while compiling, this is a loop that ends before its first round
+    # while compiling, the values are unknown: if all rows have converged, the loop below ends before its first round
     if not torch.compiler.is_compiling() and (is_blind(start) or not holds_anywhere(~first.converged)):
         return first
     again = where_rows(first.converged, first.value, start) / unit

@@ -2,9 +2,9 @@ r"""Root finders for a whole event at once: fixed point, Anderson acceleration, 
 
 Each is a frozen object of settings, called as ``solver(residual, x0, *args)``. ``residual(x, *args)`` returns
 :math:`f(x) - y` row by row. Tensors that differ from row to row are passed in ``args``, with the batch dimensions of
-``x0`` in front, so that rows that are done need not be evaluated (``gather=True``). Under ``torch.func`` and
-while compiling no value can be looked at: then every row takes all ``max_steps`` steps, masked, and nothing is
-gathered.
+``x0`` in front, so that rows that are done need not be evaluated (``gather=True``). Under ``torch.func`` and while
+compiling, such rows are masked instead, and the loop still ends when all are done. On the meta device and under
+``torch.jit.trace``, where values cannot be inspected, all ``max_steps`` steps are taken.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A loop that ends when nothing is left to do, also under ``torch.func`` and in a compiled graph."""
+"""A loop that ends when nothing is left to do, even under ``torch.func`` and in a compiled graph."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ __all__ = ["repeat"]
 
 
 def repeat(body: Callable[..., tuple[Tensor, ...]], *carried: Tensor, bound: int) -> tuple[Tensor, ...]:
-    """Repeat ``carried = body(*carried)`` while anything in ``carried[0]`` holds, at most ``bound`` times.
+    """Repeat ``carried = body(*carried)`` while ``carried[0]`` has a true entry, at most ``bound`` times.
 
-    While compiling the body is traced once. It must not break the graph there, and must write the transpose of a tensor
-    from outside as ``transpose(-2, -1)``: the compiler evaluates an attribute such as ``.mT`` outside, and refuses the
-    alias.
+    While compiling, the body is traced once. It must not break the graph, and must transpose tensors from outside by
+    ``transpose(-2, -1)``: the compiler evaluates an attribute such as ``.mT`` outside the loop, and rejects the alias.
 
     Args:
-        body: Returns tensors of the shapes and dtypes that it is given; no gradient passes through it.
-        *carried: The mask of what is still to be done, then whatever else goes from one round to the next.
-        bound: Number of rounds, where all of them are taken.
+        body: Returns tensors with the shapes and dtypes of its arguments; no gradient passes through it.
+        *carried: A mask of what is still to be done, then everything else that a round passes on to the next.
+        bound: Maximum number of rounds; all of them are taken if values cannot be inspected.
     """
     if torch.compiler.is_compiling() and not in_functorch():
         return compiled_loop(body, carried, bound)

@@ -121,7 +121,7 @@ def iterate(
     return _solution(*results)
 
 
-#: Where the point, its error, whether it has met its tolerance, and its steps stand among what a round hands on.
+#: Positions of x, error, met and steps among the tensors that a round passes on.
 _RESULTS = 1, 3, 4, 6
 
 

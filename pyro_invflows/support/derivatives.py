@@ -23,7 +23,7 @@ __all__ = [
 
 
 def in_plain_eager_mode() -> bool:
-    """Whether operations run at once and as they stand, outside of every mode.
+    """Whether operations run eagerly and unchanged, outside of every mode.
 
     Then an autograd function may do without forward mode and ``torch.func``. Autocast counts as a mode, because under
     it the function would have to follow autocast's casting rules.
@@ -39,7 +39,7 @@ def in_reverse_mode_only() -> bool:
 
 
 def may_differentiate(*tensors: Tensor) -> bool:
-    """Whether anything could ask for a derivative by one of the tensors; where not, a graph only costs time."""
+    """Whether a derivative with respect to one of the tensors may be requested; if not, a graph only costs time."""
     return in_functorch() or in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 

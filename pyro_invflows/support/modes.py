@@ -37,7 +37,7 @@ def functorch_level() -> int:
 
 
 def holds_anywhere(mask: Tensor) -> bool:
-    """Whether a mask holds anywhere, also in a batch that ``vmap`` hides."""
+    """Whether a mask has a true entry, also in batch dimensions that ``vmap`` hides."""
     while torch._C._functorch.is_functorch_wrapped_tensor(mask):
         mask = torch._C._functorch.get_unwrapped(mask)
     return bool(mask.any())
@@ -46,12 +46,12 @@ def holds_anywhere(mask: Tensor) -> bool:
 def compiled_loop(
     body: Callable[..., tuple[Tensor, ...]], carried: tuple[Tensor, ...], bound: int
 ) -> tuple[Tensor, ...]:
-    """Put a loop into the graph being compiled: ``carried = body(*carried)`` while ``carried[0]`` holds anywhere.
+    """Put a loop into the graph being compiled: ``carried = body(*carried)`` while ``carried[0]`` has a true entry.
 
     Args:
-        body: Returns tensors like those that it is given.
-        carried: The mask, and what else goes from one round to the next.
-        bound: Number of rounds at most.
+        body: Returns tensors with the shapes and dtypes of its arguments.
+        carried: A mask, and everything else that a round passes on to the next.
+        bound: Maximum number of rounds.
     """
 
     def goes_on(count: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def compiled_loop(
         return count + 1, *body(*carried)
 
     start = torch.zeros((), dtype=torch.int64, device=carried[0].device)
-    # clones, for nothing that is carried may share memory with anything else
+    # clones, because nothing that is carried may share memory with anything else
     return while_loop(goes_on, counted, (start, *(t.clone() for t in carried)))[1:]
 
 
