@@ -20,10 +20,13 @@ ROUNDED_ONCE = {
     "GeneralizedSylvester",
     "LowRankLinear",
     "LowRankResidual",
+    "Monotone",
     "Orthogonal",
     "Planar",
     "Radial",
     "SVDLinear",
+    "SinhArcsinh",
+    "Spline",
     "Sylvester",
 }
 

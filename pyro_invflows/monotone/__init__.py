@@ -5,7 +5,7 @@ constants.
 """
 
 from pyro_invflows.monotone.affine import Additive, Affine
-from pyro_invflows.monotone.base import MonotoneFunction
+from pyro_invflows.monotone.base import MonotoneFunction, evaluate
 from pyro_invflows.monotone.mixture import MixtureCDF
 from pyro_invflows.monotone.sinh_arcsinh import SinhArcsinh
 from pyro_invflows.monotone.spline import CircularSpline, RationalQuadraticSpline
@@ -20,4 +20,5 @@ __all__ = [
     "RationalQuadraticSpline",
     "SinhArcsinh",
     "TanhBump",
+    "evaluate",
 ]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["MonotoneFunction", "bounded"]
+from pyro_invflows.support.precision import HALF, is_autocast, without_autocast
+
+__all__ = ["MonotoneFunction", "bounded", "evaluate"]
 
 
 class MonotoneFunction:
@@ -54,6 +56,9 @@ class MonotoneFunction:
     identity_outside: float | None = None
     raw_names: str = "its raw parameters"
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def forward(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return y and ``log dy/dx``."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, raw) -> y, log_slope.")
@@ -68,3 +73,22 @@ def bounded(raw: Tensor, bound: float) -> Tensor:
     # written with the sigmoid, which is several times faster than tanh on the CPU; at m = 2 the inner factor is 1
     half = torch.sigmoid(raw if bound == 2 else raw * (2 / bound)) - 0.5
     return half.mul_(2 * bound)
+
+
+def evaluate(function: MonotoneFunction, value: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    """Call one direction of a function, outside autocast and in float32 at least; only the value is rounded back.
+
+    Args:
+        function: The function.
+        value: x, or y where ``inverse``.
+        raw: Its parameters; they may come from a network that runs in half precision.
+        inverse: Which direction.
+    """
+    run = function.inverse if inverse else function.forward
+    if value.dtype == raw.dtype and value.dtype not in HALF and not is_autocast(value):
+        return run(value, raw)
+    wanted = torch.promote_types(value.dtype, raw.dtype)
+    precise = torch.promote_types(wanted, torch.float32)
+    with without_autocast(value):
+        result, log_slope = run(value.to(precise), raw.to(precise))
+    return result.to(wanted), log_slope

@@ -65,7 +65,7 @@ class MixtureCDF(MonotoneFunction):
         gain = torch.linspace(0.5, 1.0, k, dtype=raw.dtype, device=raw.device).unsqueeze(-1)
         # the component whose location counts most is the one whose scale counts least
         log_scale = bounded(log_scale * gain.flip(0), self.max_log_scale)
-        return torch.log_softmax(logits, -2), location * gain, log_scale, bounded(alpha, self.max_log_scale), beta
+        return _log_softmax(logits), location * gain, log_scale, bounded(alpha, self.max_log_scale), beta
 
     @staticmethod
     def _logit(x: Tensor, log_pi: Tensor, mu: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,9 +76,9 @@ class MixtureCDF(MonotoneFunction):
         below, above = log_pi + log_below, log_pi + log_above
         # The slope is f / F + f / (1 - F): averages of sigmoid(-z) / scale and sigmoid(z) / scale over the components,
         # weighted by their parts in F and in 1 - F. Nothing cancels, however far out.
-        left = torch.logsumexp(torch.log_softmax(below, -2) + log_above - log_scale, -2)
-        right = torch.logsumexp(torch.log_softmax(above, -2) + log_below - log_scale, -2)
-        return torch.logsumexp(below, -2) - torch.logsumexp(above, -2), torch.logaddexp(left, right)
+        left = _log_sum_exp(_log_softmax(below) + log_above - log_scale)
+        right = _log_sum_exp(_log_softmax(above) + log_below - log_scale)
+        return _log_sum_exp(below) - _log_sum_exp(above), torch.logaddexp(left, right)
 
     def forward(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         log_pi, mu, log_scale, alpha, beta = self._parameters(raw)
@@ -104,3 +104,18 @@ class MixtureCDF(MonotoneFunction):
                 x = x - (step - step.detach())  # x is the root: only its derivatives are wanted
                 value, log_slope = self._logit(x, log_pi, mu, log_scale)
         return x, log_slope + alpha
+
+
+# torch's own logsumexp and log_softmax cannot be differentiated by autograd over dual numbers
+
+
+def _log_sum_exp(value: Tensor) -> Tensor:
+    """Return the log of the sum of exponentials over the components."""
+    most = value.detach().amax(-2, keepdim=True)
+    return (value - most).exp().sum(-2).log() + most.squeeze(-2)
+
+
+def _log_softmax(value: Tensor) -> Tensor:
+    """Return ``value`` less its log-sum-exp over the components, without cancellation between large numbers."""
+    shifted = value - value.detach().amax(-2, keepdim=True)
+    return shifted - shifted.exp().sum(-2, keepdim=True).log()

@@ -42,6 +42,15 @@ from pyro_invflows.transforms.low_rank_residual import (
     low_rank_residual,
 )
 from pyro_invflows.transforms.lowrank import LowRankLinear, conditional_low_rank_linear, low_rank_linear
+from pyro_invflows.transforms.monotone import (
+    Monotone,
+    SinhArcsinh,
+    Spline,
+    conditional_sinh_arcsinh,
+    conditional_spline,
+    sinh_arcsinh,
+    spline,
+)
 from pyro_invflows.transforms.noise import ConcatNoise, Slice, inject_noise, multi_scale, whitened_noise
 from pyro_invflows.transforms.numerical import NumericalInverse, numerical_inverse
 from pyro_invflows.transforms.planar import Planar, Radial, conditional_planar, conditional_radial, planar, radial
@@ -67,6 +76,7 @@ __all__ = [
     "LeakyReLU",
     "LowRankLinear",
     "LowRankResidual",
+    "Monotone",
     "NumericalInverse",
     "Orthogonal",
     "PReLU",
@@ -77,7 +87,9 @@ __all__ = [
     "SVDLinear",
     "Shift",
     "Sigmoid",
+    "SinhArcsinh",
     "Slice",
+    "Spline",
     "Sylvester",
     "Tanh",
     "Whitening",
@@ -95,6 +107,8 @@ __all__ = [
     "conditional_prelu",
     "conditional_radial",
     "conditional_shift",
+    "conditional_sinh_arcsinh",
+    "conditional_spline",
     "conditional_svd_linear",
     "conditional_sylvester",
     "contractive_residual",
@@ -118,6 +132,8 @@ __all__ = [
     "selu",
     "shift",
     "sigmoid",
+    "sinh_arcsinh",
+    "spline",
     "svd_linear",
     "sylvester",
     "tanh",
