@@ -1,13 +1,13 @@
 """Networks used inside layers: dense, convolutional, masked autoregressive, and contractive."""
 
 from pyro_invflows.networks.activations import LipSwish, Sine, value_and_slope
+from pyro_invflows.networks.bounds import lipschitz_bound
 from pyro_invflows.networks.contraction import (
     ContractiveMLP,
     Conv2dContraction,
     LinearContraction,
     contractive_conv_network,
     held_weights,
-    lipschitz_bound,
 )
 from pyro_invflows.networks.dense import conv_network, dense_network
 from pyro_invflows.networks.linearisation import Linearisation, linearise

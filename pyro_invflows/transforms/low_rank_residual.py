@@ -23,12 +23,11 @@ from pyro_invflows.networks import (
     LipSwish,
     value_and_slope,
 )
+from pyro_invflows.networks.bounds import check_lipschitz, make_activations
 from pyro_invflows.networks.calling import out_of_place
 from pyro_invflows.networks.contraction import (
     affine,
-    check_lipschitz,
     contract_product,
-    make_activations,
 )
 from pyro_invflows.solvers import Newton, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
