@@ -53,7 +53,11 @@ class Bijection(Shaped):
     * ``extra_repr``, ``_apply``, ``_load_from_state_dict``: as in any module; call ``super()``.
 
     An author may call :meth:`log_det_shape`, :meth:`check_event`, ``batch_shape``, ``forward_shape``,
-    ``inverse_shape``, and :func:`~pyro_invflows.core.events.sum_rightmost`.
+    ``inverse_shape``, and :func:`~pyro_invflows.core.events.sum_rightmost`. The layers of this library also use
+    :class:`~pyro_invflows.support.constants.HoldsConstants` (buffers that follow from the settings),
+    :func:`~pyro_invflows.networks.calling.call_network` (a sub-network that may work in place), the decorators of
+    :mod:`pyro_invflows.support.precision` (half precision, autocast) and
+    :func:`~pyro_invflows.core.conditional.conditional_factory`.
 
     **For structures only**, which are made of other layers: see :class:`~pyro_invflows.core.structure.Structure`. They
     define :meth:`named_parts` and :meth:`leaves`, override ``batch_shape``, ``_shape`` and ``_copied_state``, and call

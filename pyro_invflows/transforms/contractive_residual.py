@@ -190,9 +190,9 @@ class ContractiveResidual(ContextLayer):
 
     def _expand(self, value: Tensor) -> Tensor:
         """Give a value the batch dimensions of the context."""
-        if not self._batch_shape:
+        if not self.batch_shape:
             return value
-        batch = torch.broadcast_shapes(value.shape[: self.dim], self._batch_shape)
+        batch = torch.broadcast_shapes(value.shape[: self.dim], self.batch_shape)
         return value.expand(*batch, *value.shape[self.dim :])
 
     def _linearise(self, x: Tensor) -> Linearisation:

@@ -188,7 +188,7 @@ class AffineCoupling(ContextLayer):
         return kept, changed
 
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
-        if self._batch_shape:  # a context may have brought new batch dimensions
+        if self.batch_shape:  # a context may have brought new batch dimensions
             kept = kept.expand(*changed.shape[: self.dim], *kept.shape[self.dim :])
         return torch.cat([kept, changed] if self.keep == "first" else [changed, kept], dim=self.dim)
 

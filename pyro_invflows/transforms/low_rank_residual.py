@@ -216,8 +216,8 @@ class LowRankResidual(Bijection):
         c = affine(y, network.weights[0], network.biases[0])
         if self.form == "sandwich":
             c = c - affine(self.bias_out, network.weights[0], None)
-        if self._batch_shape:
-            c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self._batch_shape), -1)
+        if self.batch_shape:
+            c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self.batch_shape), -1)
 
         plain = out_of_place(self.activation)
         equation = FoldedEquation(
@@ -256,10 +256,10 @@ class LowRankResidual(Bijection):
         if settings.atol is not None or settings.rtol is not None:  # perhaps below what rounding allows
             atol, rtol = settings.tolerances(c.dtype)
             limit = (atol + rtol * y.abs().amax(-1)) * unit
-        s, done, h = chord_steps(equation, c, c, unit, gather=not self._batch_shape, limit=limit)
+        s, done, h = chord_steps(equation, c, c, unit, gather=not self.batch_shape, limit=limit)
         if h is not None or done.all():
             return s, h
-        if self._batch_shape:  # batched biases belong to their rows
+        if self.batch_shape:  # batched biases belong to their rows
             return where_rows(done, s, self._newton(equation, c, y, unit)), None
         rows = ~done
         s[rows] = self._newton(equation, c[rows], y[rows], unit)
@@ -276,7 +276,7 @@ class LowRankResidual(Bijection):
         push = F.linear(equation.hidden(start), equation.fold) / unit  # rounding is that of the terms
         how: dict[str, Any] = {
             "scale": (y.abs().amax(-1, keepdim=True) + push.abs().amax(-1, keepdim=True)).expand(c.shape),
-            "gather": not self._batch_shape,
+            "gather": not self.batch_shape,
         }
         solution = self.solver(scaled, start, c, step=step, **how)
         if self.solver.max_steps is None:
