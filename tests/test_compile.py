@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributions import Distribution
 
 import pyro_invflows as pf
+from pyro_invflows import inv_and_ladj
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +67,37 @@ def test_conditional_flows(case):
     y = flow(context).rsample().detach().requires_grad_()
     with pytest.raises(torch._dynamo.exc.Unsupported) if "eager inverse" in case.tags else nullcontext():
         compiled_once(lambda c, v: flow(c).log_prob(v), [context, y], list(flow.parameters()))
+
+
+#: Layers with a loop in their inverse, at parameters that take it many rounds.
+HARD = {
+    "planar": lambda: pf.planar(4),
+    "sylvester": lambda: pf.sylvester(12, 8),
+    "generalized_sylvester": lambda: pf.generalized_sylvester(3, [8]),
+    "low_rank_residual": lambda: pf.low_rank_residual(6, 3, lipschitz=0.999),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_loops_end_where_those_of_eager_mode_do(name):
+    torch.manual_seed(0)
+    layer = HARD[name]().double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(3 * torch.randn_like(parameter))
+        if name == "sylvester":  # d over twenty powers of ten
+            layer.weight.diagonal().copy_(10.0 ** torch.linspace(-4, 8, 8).double() * torch.tensor([1, -1] * 4))
+    y = layer(2 * torch.randn(50, layer.input_dim, dtype=torch.float64)).detach()
+    y[0] = torch.nan
+    counts = []
+
+    def counting(graph, _):
+        counts.append(len(graph.graph.nodes))
+        return graph.forward
+
+    found = torch.compile(lambda y: inv_and_ladj(layer, y), fullgraph=True, backend=counting, dynamic=False)(y)
+    expected = inv_and_ladj(layer, y.clone())
+    torch.testing.assert_close(layer(found[0]), y, rtol=1e-9, atol=1e-9, equal_nan=True)
+    torch.testing.assert_close(layer(expected[0]), y, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert len(counts) == 1
+    assert counts[0] < 800  # the loop is one node, however many rounds it may take

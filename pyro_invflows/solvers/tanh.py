@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.solvers.iterative import Newton
+from pyro_invflows.solvers.loop import repeat
 from pyro_invflows.solvers.solution import Solution, Status, finish, is_blind
 from pyro_invflows.support.derivatives import may_differentiate, steps_with_graph
 from pyro_invflows.support.modes import forward_levels
@@ -72,14 +73,21 @@ def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bo
     size = t.abs() + 1 + c.abs()
     goal = size * (4 * torch.finfo(s.dtype).eps)
     bound = min(settings.bound(_MAX_SCALAR_STEPS), _MAX_SCALAR_STEPS)
-    blind = is_blind(c)
-    taken = bound if blind else min(_SCALAR_STEPS, bound)
+    taken = min(_SCALAR_STEPS, bound)
     s, r = _scalar_steps(s, c, d, t, taken)
     steps = torch.full_like(s, taken, dtype=torch.int32)
     todo = ~(r <= goal)
-    if not blind and not todo.any():
+    if is_blind(c):
+
+        def advance(todo: Tensor, s: Tensor, r: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+            new_s, new_r = _scalar_steps(s, c, d, t, 1)
+            s, r, steps = torch.where(todo, new_s, s), torch.where(todo, new_r, r), steps + todo.to(steps.dtype)
+            return todo & (r > goal), s, r, steps
+
+        _, s, r, steps = repeat(advance, todo & r.isfinite(), s, r, steps, bound=bound - taken)
+    elif not todo.any():
         return Solution(s, torch.zeros_like(steps, dtype=torch.int8), steps, r), True
-    if not blind and taken < bound:
+    elif taken < bound:
         # the remaining elements go on alone
         rows = (todo & r.isfinite()).reshape(-1).nonzero().squeeze(-1)
         flat, error, count = (a.reshape(-1) for a in (s, r, steps))
