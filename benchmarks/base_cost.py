@@ -1,7 +1,7 @@
-"""What the base class costs: microseconds a layer, beyond the hooks themselves.
+"""Measure what the base class costs: microseconds per layer, beyond the hooks themselves.
 
-A layer whose hooks do nothing, with a sub-network as large as that of a coupling, so that the memo has as much to look
-at; alone, and as one of eight in a chain. Medians over rounds, one thread.
+The layer's hooks do nothing. Its sub-network is as large as that of a coupling, so that the memo has as many tensors to
+check. It is measured alone, and as one of eight in a chain. Medians over rounds, one thread.
 
     python benchmarks/base_cost.py
 """

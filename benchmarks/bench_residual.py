@@ -1,14 +1,14 @@
-"""Measure contractive residual layers beside normflows' residual flow and Picard iteration.
+"""Measure contractive residual layers side by side with normflows' residual flow and Picard iteration.
 
-``python benchmarks/bench_residual.py --output FILE`` writes a markdown table of ratios, medians and quartiles over the
-rounds of one run, taken in turns (see ``timing.py``), with two threads; about three minutes. ``--short``: few rounds.
-The checkerboard's figure, which is no timing, is taken over from the file that ``checkerboard.py`` wrote beside the
-output.
+``python benchmarks/bench_residual.py --output FILE`` writes a markdown table of ratios: medians and quartiles over the
+rounds of one run, in which the contestants take turns (see ``timing.py``), with two threads. It takes about three
+minutes; ``--short`` runs few rounds. The checkerboard's figure, which is not a timing, is read from the file that
+``checkerboard.py`` wrote to the same folder.
 
-The sandwich form has the widths and layers of normflows' network (D, k, k, D). The bottleneck form, for which (D, k, D)
-is the nearest, puts an activation behind its last layer, and is there to compare.
+The sandwich form has the widths and layers of normflows' network (D, k, k, D). The bottleneck form, whose nearest
+equivalent is (D, k, D), has an activation after its last layer; it is included for comparison.
 
-normflows' training step holds what its documentation prescribes: forward, backward and ``update_lipschitz`` with five
+normflows' training step does what its documentation prescribes: forward, backward and ``update_lipschitz`` with five
 iterations, without which its bound would be that of the initial weights.
 """
 
@@ -36,7 +36,7 @@ BATCH, CONSTANT = 256, 0.97
 
 
 def scattered(module: nn.Module, size: float = 0.3) -> nn.Module:
-    """Move all parameters off their start, so that the contraction does something."""
+    """Move all parameters away from their initial values, so that the contraction does something."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(size * torch.randn_like(p))
@@ -134,7 +134,7 @@ def inverses(rounds: int) -> list[Figure]:
 
 @torch.no_grad()
 def evaluations() -> list[Figure]:
-    """Count the evaluations of g where the bound binds: linear g, its eigenvalues spread over [-c, c]."""
+    """Count the evaluations of g where the bound is active: linear g with eigenvalues spread over [-c, c]."""
     figures = []
     for dim in (64, 256):
         torch.manual_seed(0)
@@ -162,7 +162,7 @@ def evaluations() -> list[Figure]:
 
 
 def kept_bytes(chain: Chain, x: Tensor) -> int:
-    """Return the bytes that a forward pass keeps for the backward one, parameters aside."""
+    """Return the bytes that a forward pass keeps for the backward pass, without the parameters."""
     seen: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in chain.parameters()}
 
@@ -200,7 +200,7 @@ def memory() -> list[Figure]:
 
 
 def checkerboard(folder: Path) -> list[Figure]:
-    """Take the bits over from the table beside the output."""
+    """Read the bits from the table in the output folder."""
     source = folder / "checkerboard.md"
     found = re.search(r"this flow.*\| ([0-9.]+) \|", source.read_text()) if source.exists() else None
     return [

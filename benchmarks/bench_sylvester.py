@@ -1,9 +1,9 @@
-"""Measure the Sylvester family, planar and low-rank layers beside Picard iteration, Pyro and dense algebra.
+"""Measure Sylvester, planar and low-rank layers side by side with Picard iteration, Pyro and dense algebra.
 
-``python benchmarks/bench_sylvester.py --output FILE`` writes a markdown table of ratios, medians and quartiles over
-the rounds of one run, taken in turns (see ``timing.py``), with two threads; a few minutes. ``--short``: few rounds.
-The divergences of ``energy_potentials.py``, which are no timings, are taken over from the file that it wrote beside the
-output; ``--potentials`` fits anew, which takes ten minutes more.
+``python benchmarks/bench_sylvester.py --output FILE`` writes a markdown table of ratios: medians and quartiles over the
+rounds of one run, in which the contestants take turns (see ``timing.py``), with two threads. It takes a few minutes;
+``--short`` runs few rounds. The divergences of ``energy_potentials.py``, which are not timings, are read from the file
+that it wrote to the same folder; ``--potentials`` fits again, which takes ten minutes more.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def against_picard(rounds: int) -> list[Figure]:
     y = layer(x)
 
     def picard(layer: Sylvester, y: Tensor, steps: int) -> Tensor:
-        out, into, *_ = layer._matrices()  # once, not at every step: the iteration at its best
+        out, into, *_ = layer._matrices()  # once, not at every step, in favour of the iteration
         x = y
         for _ in range(steps):
             x = y - torch.tanh(torch.addmm(layer.bias, x, into)) @ out.mT
@@ -85,7 +85,7 @@ def against_picard(rounds: int) -> list[Figure]:
 
 
 def against_pyro(rounds: int) -> list[Figure]:
-    """Forward, log-det and backward beside Pyro's layer."""
+    """Time forward, log-det and backward side by side with Pyro's layer."""
     ours, theirs = spread(Sylvester(256, 32), -0.9, 3.0, 0.5), pyro_transforms.sylvester(256, 32)
 
     def prepare(layer: torch.nn.Module) -> Tensor:
@@ -145,7 +145,7 @@ def inverse_over_forward(rounds: int) -> list[Figure]:
 
 @torch.no_grad()
 def low_rank(rounds: int) -> list[Figure]:
-    """Inverse and log-det beside a dense solve and slogdet."""
+    """Time the inverse and the log-det side by side with a dense solve and slogdet."""
     layer = LowRankLinear(1024, 16, cache_size=0)
     torch.nn.init.normal_(layer.left, std=0.05)
     torch.nn.init.normal_(layer.right, std=0.05)
@@ -172,7 +172,7 @@ def low_rank(rounds: int) -> list[Figure]:
 
 @torch.no_grad()
 def planar(rounds: int) -> list[Figure]:
-    """Score data under 32 planar layers beside sampling."""
+    """Time scoring data under 32 planar layers side by side with sampling."""
     layers = [Planar(32, cache_size=0) for _ in range(32)]
     for layer in layers:
         torch.nn.init.normal_(layer.u, std=0.5)
@@ -202,7 +202,7 @@ def planar(rounds: int) -> list[Figure]:
 
 
 def potentials(folder: Path, anew: bool) -> list[Figure]:
-    """Take the divergences of the four energy potentials from the table beside the output, or fit them."""
+    """Read the divergences of the four energy potentials from the table in the output folder, or fit them."""
     from energy_potentials import LAYERS, TARGET_KL, fit, picture
 
     source = folder / "energy_potentials.md"
@@ -230,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sylvester.md"))
     parser.add_argument("--short", action="store_true", help="few rounds")
-    parser.add_argument("--potentials", action="store_true", help="fit the energy potentials anew")
+    parser.add_argument("--potentials", action="store_true", help="fit the energy potentials again")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(0)

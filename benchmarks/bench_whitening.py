@@ -1,7 +1,7 @@
-"""What whitening and injected noise cost, each beside the plain operation that it stands on, in one run.
+"""Measure what whitening and injected noise cost, side by side with the plain operation that each is built on.
 
 ``python benchmarks/bench_whitening.py --output FILE`` writes a table in Markdown. Every figure is a ratio of times
-taken in turns (see ``timing.py``): the median over rounds, with the quartiles behind it.
+measured in turns (see ``timing.py``): the median over rounds, followed by the quartiles.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def row(what: str, timing: Timing, name: str, reference: str, limit: float) -> s
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all races and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown file; printed in any case")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown file; it is printed in any case")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)

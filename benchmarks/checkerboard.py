@@ -1,9 +1,8 @@
 """Train residual flows on the two-dimensional checkerboard and draw what they learned.
 
-Every other square of side 2 in [-4, 4]^2 is filled evenly, so the entropy is log2(32) = 5 bits. The parameters are at
-most those of four residual networks with three hidden layers of width 128 (134 664). Each of the flow's blocks is a
-residual layer and an inverted one, as in Lu et al. (2021): one is a plain evaluation when data are scored, the other a
-root.
+Every other square of side 2 in [-4, 4]^2 is filled uniformly, so the entropy is log2(32) = 5 bits. The flow has at most
+as many parameters as four residual networks with three hidden layers of width 128 (134 664). Each of its blocks is a
+residual layer and an inverted one, as in Lu et al. (2021): to score data, one is evaluated and the other is solved.
 
 ``python benchmarks/checkerboard.py --output DIR`` writes ``checkerboard.png`` and ``checkerboard.md``.
 """
@@ -95,7 +94,7 @@ def train(
 
 @torch.no_grad()
 def mass(flow: Flow, half_width: float = 6.0, points: int = 601) -> float:
-    """Integrate the density over a square: what a flow with a wrong log-det would give away."""
+    """Integrate the density over a square, which reveals a wrong log-det."""
     axis = torch.linspace(-half_width, half_width, points)
     mesh = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1).reshape(-1, 2)
     total = sum(flow().log_prob(part).double().exp().sum() for part in mesh.split(10_000))

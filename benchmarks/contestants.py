@@ -1,8 +1,8 @@
 """Affine coupling flows of the same size in this library and in its peers.
 
-Each builder makes eight couplings with scale and shift over 64 elements, half of which decide, with dense ReLU
-networks of hidden widths 128 and 128, over a standard normal base. What alternates the halves is each library's own
-way: a permutation here, in Pyro and in normflows, alternating masks in zuko and nflows.
+Each builder makes eight couplings with scale and shift over 64 elements, half of which stay unchanged, with dense
+ReLU networks of hidden widths 128 and 128, over a standard normal base. Each library alternates the halves in its own
+way: by a permutation here, in Pyro and in normflows, by alternating masks in zuko and nflows.
 
 Every library runs with its own default of argument validation: on here and in Pyro, off in zuko (whose import
 switches it off everywhere), absent in nflows and normflows.
@@ -46,7 +46,7 @@ class FlowContestant:
 
 
 def set_weights(*modules: nn.Module) -> list[nn.Parameter]:
-    """Give every dense layer weights away from zero, by the same rule, and return all parameters."""
+    """Set the weights of every dense layer away from zero, by the same rule, and return all parameters."""
     parameters = []
     for module in modules:
         for layer in module.modules():
@@ -73,12 +73,12 @@ def _alternate(couplings: list, between: Callable[[], object]) -> list:
 
 
 def our_layers() -> list[nn.Module]:
-    """Return couplings of this library; the first and the last half decide in turn, as by nflows' and zuko's masks."""
+    """Return couplings of this library; the halves stay unchanged in turn, as with the masks of nflows and zuko."""
     return [affine_coupling(DIM, HIDDEN, keep="last" if i % 2 else "first") for i in range(COUPLINGS)]
 
 
 def invflows_flow() -> FlowContestant:
-    """This library through ``Flow``; the distribution is made anew at each call, as in training."""
+    """This library through ``Flow``; the distribution is rebuilt in each call, as in training."""
     flow = Flow(_standard_normal(), our_layers())
     return FlowContestant(set_weights(flow), lambda x: flow().log_prob(x), lambda n: flow().sample((n,)), True)
 
@@ -106,20 +106,20 @@ def pyro_flow() -> FlowContestant:
 
 
 def zuko_flow() -> FlowContestant:
-    """The ``RealNVP`` of zuko; its distribution is made anew at each call, as its manual does."""
+    """The ``RealNVP`` of zuko; its distribution is rebuilt in each call, as in its manual."""
     flow = zuko.flows.RealNVP(DIM, transforms=COUPLINGS, hidden_features=HIDDEN)
     return FlowContestant(set_weights(flow), lambda x: flow().log_prob(x), lambda n: flow().sample((n,)), False)
 
 
 class _NflowsNet(nflows.nn.nets.MLP):
-    """nflows hands a context to its networks; its own MLP takes none."""
+    """nflows passes a context to its networks, but its own MLP takes none."""
 
     def forward(self, inputs: Tensor, context: None = None) -> Tensor:
         return super().forward(inputs)
 
 
 def nflows_flow() -> FlowContestant:
-    """Affine couplings of nflows with its MLP; masks of halves, in turn."""
+    """Affine couplings of nflows with its MLP, with masks of alternating halves."""
     half = torch.arange(DIM) >= DIM // 2
     layers = [
         nflows.transforms.AffineCouplingTransform(
@@ -136,7 +136,7 @@ def nflows_flow() -> FlowContestant:
 def normflows_flow(scale_map: str = "exp", forward_only: bool = False) -> FlowContestant:
     """Coupling blocks of normflows with its MLP and its swap.
 
-    Its ``sample`` computes the log-density too; ``forward_only`` draws with the bare passes of its base and its blocks.
+    Its ``sample`` computes the log-density too; ``forward_only`` draws with the forward passes of its base and blocks alone.
     """
     half = DIM // 2
     blocks = [
@@ -174,7 +174,7 @@ def coupling_flows() -> dict[str, FlowContestant]:
 
 
 def bare_networks() -> FlowContestant:
-    """The eight networks alone, each fed by the one before it, with the cheapest use of all of its output."""
+    """The eight networks alone, each fed by the one before it, with the cheapest operation that uses its whole output."""
     nets = [dense_network(DIM // 2, HIDDEN, DIM) for _ in range(COUPLINGS)]
 
     def run(x: Tensor) -> Tensor:

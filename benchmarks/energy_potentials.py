@@ -1,7 +1,7 @@
 """Fit the four energy potentials of Rezende and Mohamed (2015), table 1, with eight Sylvester layers by SVI.
 
-The potentials U2 to U4 do not grow along z1: as in the paper, the target is cut to |z1| <= 4, here by a smooth wall,
-and normalised by numerical integration on a grid. ``python benchmarks/energy_potentials.py --output DIR`` writes
+The potentials U2 to U4 do not grow along z1: as in the paper, the target is restricted to |z1| <= 4, here by a smooth
+wall, and normalised by numerical integration on a grid. ``python benchmarks/energy_potentials.py --output DIR`` writes
 ``energy_potentials.png`` and ``energy_potentials.md``, with the KL divergence from the fit to the target, once from
 samples and once by integrating the fitted density, which takes the layers' inverse.
 """
@@ -75,7 +75,7 @@ class Fit:
 
 
 def build() -> Flow:
-    """Build eight Sylvester layers between two affine ones, off the identity so that modes can part."""
+    """Build eight Sylvester layers between two affine ones, not at the identity, so that modes can separate."""
     layers: list = [Diagonal(2)]
     with torch.no_grad():
         layers[0].log_scale.copy_(torch.tensor([0.7, 0.0]))
@@ -89,11 +89,11 @@ def build() -> Flow:
 
 
 def infer(number: int, flow: Flow, *, steps: int, particles: int, lr: float, coldest: float = 1.0) -> None:
-    """Run stochastic variational inference on a potential, with an energy that starts tempered.
+    """Run stochastic variational inference on a potential, starting from a tempered energy.
 
     The inverse temperature rises geometrically from ``coldest`` to 1 within 70 % of the steps; then the learning rate
-    falls to a fiftieth. Without tempering it falls from the start. Pyro's ELBO with one optimiser of torch's for all
-    parameters: Pyro's own keep one for each, which costs more than the flow.
+    falls to a fiftieth. Without tempering it falls from the start. Pyro's ELBO is used with a single optimiser
+    of torch's: Pyro's own keep one for each parameter, which costs more than the flow.
     """
     pyro.clear_param_store()
     temper = torch.tensor(1.0)
@@ -137,17 +137,17 @@ def fit(
 ) -> Fit:
     """Fit a potential by SVI: several tempered runs, then a longer one from the best of them.
 
-    Reverse KL has local optima (a branch left out). The ELBO of the first runs tells the better ones; it needs no
-    knowledge of the normalised target.
+    Reverse KL has local optima (a missing branch). The ELBO of the first runs, which does not need the normalised
+    target, tells which of them is best.
 
     Args:
         number: 1 to 4.
         steps: Steps of the last run, with twice the particles.
         restarts: Number of tempered runs.
         short_steps: Steps of each.
-        particles: Samples a step.
+        particles: Samples per step.
         lr: Learning rate.
-        seed: Of the first run; the next ones count up.
+        seed: Seed of the first run; the others count up from it.
     """
     start = time.perf_counter()
     best: tuple[float, Flow] | None = None
@@ -218,7 +218,7 @@ def table(fits: list[Fit]) -> str:
 
 
 def report(fits: list[Fit], settings: dict[str, int]) -> str:
-    """Return the table with what it takes to repeat it."""
+    """Return the table and what is needed to repeat it."""
     said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
     minutes = sum(f.minutes for f in fits)
     return (
@@ -231,7 +231,7 @@ def report(fits: list[Fit], settings: dict[str, int]) -> str:
 
 
 def kept(number: int, settings: dict[str, int], folder: Path | None) -> Fit:
-    """Return the fit that the folder holds for these settings, or fit and put it there."""
+    """Return the fit for these settings from the folder, or fit and store it there."""
     if folder is None:
         return fit(number, **settings)
     folder.mkdir(parents=True, exist_ok=True)

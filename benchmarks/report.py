@@ -1,4 +1,4 @@
-"""Tables of figures: what was measured, what it must reach, whether it does."""
+"""Tables of figures: what was measured, what is required, and whether it is met."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Figure", "shown", "write"]
 
 @dataclass
 class Figure:
-    """One row of the table; where nothing is wanted it is there to compare."""
+    """One row of the table; a row without a requirement is there for comparison."""
 
     name: str
     measured: str

@@ -1,8 +1,8 @@
 """Measure what this library promises, side by side with its peers, and write a table.
 
 ``python benchmarks/run.py --output benchmarks/results/`` writes ``foundation.md`` and ``foundation.json``. Speed is
-given as ratios of times that were taken in turns (see ``timing.py``), with two threads. Run it on a
-machine that does nothing else: torch's threads wait for each other, and a neighbour slows the contestants unevenly.
+given as ratios of times measured in turns (see ``timing.py``), with two threads. Run it on an otherwise idle machine:
+torch's threads wait for each other, and other programs slow the contestants down unevenly.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class _Counter:
 
 
 def _score_and_step(layers: list[nn.Module], build: Callable[[], Distribution]) -> tuple[float, float]:
-    """Return the evaluations a network in ``log_prob`` of data, and in a step of SVI with this guide."""
+    """Return the evaluations per network in ``log_prob`` of data, and in a step of SVI with this guide."""
     counter = _Counter(layers)
     data = torch.randn(BATCH, DIM)
 
@@ -224,7 +224,7 @@ def _score_and_step(layers: list[nn.Module], build: Callable[[], Distribution]) 
 
 
 def _auto_guide() -> float:
-    """Return the evaluations a network in a step of SVI with Pyro's automatic guide."""
+    """Return the evaluations per network in a step of SVI with Pyro's automatic guide."""
 
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(DIM), 2.0).to_event(1))
@@ -261,7 +261,7 @@ def network_evaluations() -> Result:
 
 
 def kept_bytes(call: Callable[[], Tensor], parameters: list[nn.Parameter]) -> tuple[int, Tensor]:
-    """Return the bytes that autograd keeps for the backward pass of ``call``, parameters aside, and its result."""
+    """Return the bytes, without parameters, that autograd keeps for the backward pass of ``call``, and its result."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     storages: dict[int, Any] = {}
 
@@ -292,7 +292,7 @@ def _deep_chain(layers: int, recompute: bool) -> Chain:
 
 
 def recomputation() -> Result:
-    """Compare the bytes kept at 64 and 4 couplings, and the gradients with the plain ones."""
+    """Compare the bytes kept at 64 and 4 couplings, and the gradients with those of the plain chain."""
     torch.manual_seed(0)
     x = torch.randn(BATCH, DIM, dtype=torch.float64)
     weights, ladj_weights = torch.randn(BATCH, DIM, dtype=torch.float64), torch.randn(BATCH, dtype=torch.float64)
@@ -376,7 +376,7 @@ def _asinh(z: np.ndarray) -> np.ndarray:
 
 
 def environment() -> dict[str, Any]:
-    """Describe what the figures depend on."""
+    """Describe the environment that the figures depend on."""
     names = ("torch", "pyro-ppl", "zuko", "nflows", "normflows", "numpy")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},

@@ -1,7 +1,7 @@
 """Side by side timing: every contestant runs in every round, and a figure is a median over rounds of one run.
 
-A single number means little on a busy machine. What is compared is therefore always measured together, in turns, and
-a ratio is taken within each round before the median over the rounds.
+A single number means little on a busy machine. So what is compared is always measured together, in turns, and ratios
+are taken within each round, before the median over the rounds.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def race(
 
     Args:
         contestants: By name.
-        rounds: Number of rounds; the order within a round is drawn anew each time.
+        rounds: Number of rounds; the order within a round is drawn at random each time.
         repeats: Calls of a contestant in a round, of which the median counts.
         warmup: Untimed calls of each before the first round.
-        clock: Seconds; ``time.process_time`` with one thread does not see what else the machine does.
+        clock: Returns seconds; with one thread, ``time.process_time`` is not affected by other programs.
     """
     for contestant in contestants.values():
         for _ in range(warmup):

@@ -1,26 +1,27 @@
-"""Noise injection: a flow that grows from 16 dimensions to 64 pixels, with noise that is whitened on the way back.
+"""Noise injection: a flow that grows from 16 dimensions to 64 pixels, with noise whitened in the inverse pass.
 
-A flow keeps the dimension, so its base must be as large as its data. ``ConcatNoise`` lifts that: forwards it adds
-elements drawn from a noise distribution, backwards it takes them off again, and the density stays exact. Nothing is
-lost on the way: ``chain.latents(image)`` gives back the base point **and** the noise that made an image.
+A flow keeps the dimension, so its base must have as many dimensions as its data. ``ConcatNoise`` lifts this
+restriction: forward, it adds elements drawn from a noise distribution; in the inverse pass it removes them, and the
+density stays exact. Nothing is lost: ``chain.latents(image)`` recovers the base point **and** the noise that made an
+image.
 
-What comes back need not look like what went in. Here it is watched: every few steps the restored noise of the training
-images is shown to a ``Whitening``, which takes its mean and covariance, so that the noise is *coloured* on the way out
-and *whitened* on the way back. The same model with plain noise, which never adapts, is trained beside it on the
-handwritten digits that come with scikit-learn (8 x 8 pixels, 17 grey levels).
+The recovered noise need not have the distribution that was injected. So every few steps a ``Whitening`` observes the
+noise recovered from the training images and takes over its mean and covariance: the noise is then *coloured* in the
+forward pass and *whitened* in the inverse pass. The same model with plain noise, which never adapts, is trained for
+comparison. The data are the handwritten digits that come with scikit-learn (8 x 8 pixels, 17 grey levels).
 
-What to expect: held-out bits per dimension that whitening saves, means of seeds 0 to 6 and the range::
+What to expect: bits per dimension that whitening saves on held-out images, mean and range over seeds 0 to 6::
 
     couplings behind the injection    1                2                4                8
     bits saved                        0.09             0.03             0.00             0.00
     least and most over seeds         0.07 to 0.10     0.02 to 0.06     -0.00 to 0.01    -0.01 to 0.02
 
-The reason is what a coupling can do. It moves half of its elements, each by itself, as told by the other half: so a
-single one takes out no correlation inside the half that it leaves alone, and few inside the other. Noise of the right
-covariance takes out all of those between its elements, whatever the depth. Several couplings in a row can learn a
-covariance too: behind four or eight of them, after some hundred steps, what whitening saves is no more than the seeds
-differ. Whitening is worth most where a flow must be shallow. It starts a fifth of a bit ahead at any depth, but behind
-eight couplings that lead is gone after a hundred steps.
+The reason is what a coupling can do. It moves each element of one half separately, depending on the other half. So a
+single coupling removes no correlation within the half that it leaves unchanged, and little within the other. Noise with
+the right covariance removes all correlation between its elements, at any depth. Several couplings in a row can learn a
+covariance too: with four or eight of them, after a few hundred steps, what whitening saves is within the variation
+between seeds. Whitening is most useful if a flow must be shallow. It starts a fifth of a bit ahead at any depth, but
+with eight couplings that lead is gone after a hundred steps.
 
 Run it with::
 
@@ -41,7 +42,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Threads that spin while they wait cost more than they bring where other programs share the cores.
+# Threads that spin while they wait cost more than they gain if other programs share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
@@ -100,7 +101,7 @@ class Digits:
 
 
 def load_data() -> Digits:
-    """Load the digits and split them, always in the same way, whatever ``--seed`` says."""
+    """Load the digits and split them, always in the same way, independent of ``--seed``."""
     data = load_digits().data
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     pixels = torch.tensor(data, dtype=torch.float32)[order]
@@ -138,9 +139,9 @@ def couplings(size: int, count: int, settings: Settings) -> list[nn.Module]:
 def make_flow(train: Tensor, settings: Settings) -> Flow:
     """Build the flow. Read the chain from noise to image.
 
-    The base has 16 dimensions. ``inject_noise`` grows them to 64: it adds 48 elements of noise that a ``Whitening``
-    colours, at first not at all. Couplings bend the 64 dimensions into digits; the last two layers only know each
-    pixel's own mean and scale, and the range of the grey levels.
+    The base has 16 dimensions. ``inject_noise`` adds 48 elements of noise, which a ``Whitening`` colours (at first it
+    is the identity). Couplings turn the 64 dimensions into digits; the last two layers only set each pixel's mean and
+    scale, and the range of the grey levels.
     """
     to_unit_cube = Interval(-settings.margin, 1 + settings.margin)
     logits = to_unit_cube.inv(dequantise(train.repeat(20, 1)))
@@ -151,7 +152,7 @@ def make_flow(train: Tensor, settings: Settings) -> Flow:
     layers = [
         *couplings(LATENT, settings.small_couplings, settings),
         inject_noise(LATENT, PIXELS - LATENT, name="noise"),
-        Permute(torch.randperm(PIXELS)),  # which pixels the noise begins as, anywhere in the image
+        Permute(torch.randperm(PIXELS)),  # spreads the noise over the image
         *couplings(PIXELS, settings.couplings, settings),
         units,
         to_unit_cube,
@@ -169,9 +170,9 @@ def whitening_of(flow: Flow) -> Whitening:
 def adapt_noise(flow: Flow, pixels: Tensor) -> None:
     """Give the injected noise the mean and covariance that the restored noise has now.
 
-    Whatever the other layers do, no other Gaussian scores the noise of these images better (but for a little
-    shrinkage), so the step raises their likelihood. It needs no gradient and no learning rate. The window is forgotten
-    each time, because the noise drifts while the other layers learn.
+    Whatever the other layers do, no other Gaussian gives the noise of these images a higher likelihood (apart from a
+    little shrinkage), so the step raises the likelihood of the images. It needs neither a gradient nor a learning rate.
+    The statistics are reset each time, because the noise drifts while the other layers learn.
     """
     whitening = whitening_of(flow)
     whitening.reset_statistics()
@@ -207,7 +208,7 @@ MODELS = ("plain", "whitened")
 
 
 def fit(flow: Flow, data: Digits, settings: Settings, whiten: bool) -> tuple[Flow, History]:
-    """Train by maximum likelihood; return the flow as it was best on the validation images."""
+    """Train by maximum likelihood; return the flow that was best on the validation images."""
     networks = [p for name, p in flow.named_parameters() if "hypernet" in name and p.dim() == 2]
     chosen = {id(p) for p in networks}
     others = [p for p in flow.parameters() if id(p) not in chosen and p.requires_grad]
@@ -252,13 +253,13 @@ def correlation(noise: Tensor) -> Tensor:
 
 
 def off_diagonal(matrix: Tensor) -> float:
-    """Return the root mean square of what does not stand on the diagonal."""
+    """Return the root mean square of the off-diagonal entries."""
     return matrix[~torch.eye(len(matrix), dtype=torch.bool)].square().mean().sqrt().item()
 
 
 @torch.no_grad()
 def restored_noise(flow: Flow, pixels: Tensor, draws: int = 10) -> tuple[Tensor, Tensor]:
-    """Return the noise that made some images, as it was injected, and whitened."""
+    """Return the noise that made some images, as injected and after whitening."""
     images = dequantise(pixels.repeat(draws, 1), torch.Generator().manual_seed(2))
     noise = flow.transforms.latents(images)["noise"]
     return noise, whitening_of(flow).inv(noise.clone())
@@ -288,7 +289,7 @@ def show(axis: plt.Axes, picture: Tensor, cmap: str = "gray_r", low: float = 0, 
 
 
 def plot_training(runs: Runs, depths: Sequence[int], path: Path) -> None:
-    """Draw the validation curves of both models, of the least and the most couplings."""
+    """Draw the validation curves of both models, with the fewest and the most couplings."""
     figure, axes = plt.subplots(1, len(depths), figsize=(5 * len(depths), 4), sharey=True, layout="constrained")
     for axis, depth in zip(axes, depths, strict=True):
         for name, colour in zip(MODELS, ("C0", "C1"), strict=True):
@@ -304,7 +305,7 @@ def plot_training(runs: Runs, depths: Sequence[int], path: Path) -> None:
 
 
 def plot_gains(runs: Runs, depths: Sequence[int], path: Path) -> None:
-    """Draw what whitening brings at each depth, a dot for each seed."""
+    """Draw what whitening gains at each depth, with a dot for each seed."""
     figure, axis = plt.subplots(figsize=(5.6, 4), layout="constrained")
     for i, depth in enumerate(depths):
         gains = [-change for change in changes(runs, depth)]
@@ -313,14 +314,14 @@ def plot_gains(runs: Runs, depths: Sequence[int], path: Path) -> None:
     axis.axhline(0, color="0.6", linewidth=0.8)
     axis.set_xticks(range(len(depths)), [str(depth) for depth in depths])
     axis.set(xlabel="couplings behind the injection", ylabel="bits per dimension saved, held out")
-    axis.set_title("What whitening the noise brings: each seed, and the mean")
+    axis.set_title("What whitening the noise gains: each seed, and the mean")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 @torch.no_grad()
 def plot_samples(runs: Runs, depths: Sequence[int], held_out: Tensor, path: Path, rows: int = 6) -> None:
-    """Draw new digits from both models, of the least and the most couplings, beside real ones."""
+    """Draw new digits from both models, with the fewest and the most couplings, beside real ones."""
     panels = {
         f"{depth} coupling{'s' * (depth > 1)}, {name} noise": grey(runs[depth, name][0].flow().sample((rows * rows,)))
         for depth in depths
@@ -355,7 +356,7 @@ def plot_correlations(panels: dict[int, dict[str, Tensor]], path: Path) -> None:
 def plot_side_inputs(flow: Flow, held_out: Tensor, path: Path, columns: int = 10, rows: int = 4) -> None:
     """Draw held-out digits with their own noise, and with the noise drawn anew around the same base point.
 
-    Latents that are not given are drawn: leave the noise out and ``from_latents`` injects other noise.
+    Latents that are not given are drawn: without the noise, ``from_latents`` injects other noise.
     """
     chain = flow.transforms
     latents = chain.latents(dequantise(held_out[:columns], torch.Generator().manual_seed(2)))
@@ -401,7 +402,7 @@ def changes(runs: Runs, depth: int) -> list[float]:
 
 def print_table(runs: Runs, settings: Settings) -> None:
     """Print held-out bits per dimension."""
-    print(f"  Held-out bits per dimension, means over {settings.seeds} seed(s); the change from least to most")
+    print(f"  Held-out bits per dimension, means over {settings.seeds} seed(s); the mean change and its range")
     print("    couplings   plain noise   whitened noise   change")
     for depth in settings.depths:
         plain, whitened = (sum(run.held_out for run in runs[depth, name]) / settings.seeds for name in MODELS)
@@ -411,7 +412,7 @@ def print_table(runs: Runs, settings: Settings) -> None:
 
 
 def correlations(runs: Runs, depth: int, held_out: Tensor) -> dict[str, Tensor]:
-    """Return what the noise restored from held-out images looks like, for the first seed."""
+    """Return the correlations of the noise restored from held-out images, for the first seed."""
     plain, _ = restored_noise(runs[depth, "plain"][0].flow, held_out)
     coloured, white = restored_noise(runs[depth, "whitened"][0].flow, held_out)
     return {
@@ -432,7 +433,7 @@ def grow_digits(settings: Settings, output: Path, seed: int) -> None:
     ends = settings.depths[0], settings.depths[-1]
     panels = {depth: correlations(runs, depth, data.held_out) for depth in ends}
     print("  Correlations of the restored noise, root mean square off the diagonal")
-    print(f"    (as few as {len(data.held_out)} images show up to {len(data.held_out) ** -0.5:.2f} by chance)")
+    print(f"    (with only {len(data.held_out)} images, expect about {len(data.held_out) ** -0.5:.2f} by chance)")
     for depth, matrices in panels.items():
         numbers = ", ".join(f"{title} {off_diagonal(matrix):.3f}" for title, matrix in matrices.items())
         print(f"    {depth} coupling(s): {numbers}")

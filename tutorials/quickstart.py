@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-# Threads that spin while they wait cost more than they bring where other programs share the cores.
+# Threads that spin while they wait cost more than they gain if other programs share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
@@ -110,7 +110,7 @@ class Digits:
 def load_data() -> Digits:
     """Load the digits, shuffle them with a seed of their own and split them.
 
-    The split never changes, whatever ``--seed`` says, so that numbers of different runs can be compared.
+    The split does not depend on ``--seed``, so that the numbers of different runs can be compared.
     """
     bunch = load_digits()
     order = torch.randperm(len(bunch.data), generator=torch.Generator().manual_seed(0))
@@ -152,7 +152,7 @@ def to_unit_cube(margin: float) -> Interval:
     """Return the last layer: the real line onto a little more than (0, 1); its inverse is the logit.
 
     Its log-det counts like every other. The plain logit would send pixels near 0 (half of all: the paper) far out
-    into a long tail; with a margin of a tenth of a grey level that tail is cut short.
+    into a long tail; a margin of less than a tenth of a grey level cuts that tail short.
     """
     return Interval(-margin, 1 + margin)
 
@@ -168,11 +168,11 @@ def make_flow(train: Tensor, settings: Settings) -> Flow:
 
     Read the chain from noise to image. ``Diagonal`` and ``Orthogonal`` give noise the covariance of the data: its
     eigenvalues, then its eigenvectors. Between them ``Baird``, at first the identity, may skew each principal
-    component. Couplings, at first the identity too, then bend the Gaussian; a random permutation before each makes
-    every pixel take either part. Units and the sigmoid come last.
+    component. Couplings, at first the identity too, then bend the Gaussian; a random permutation before each lets every
+    pixel be in either half. The pixels' scales and the sigmoid come last.
 
-    There are few images. A start that already knows all second moments leaves to the couplings only what is not
-    Gaussian, and early stopping does the rest.
+    There are few images. Since the flow starts with all second moments, the couplings only have to learn what is not
+    Gaussian; early stopping does the rest.
     """
     mean, covariance = moments(train, settings.margin)
     scale = covariance.diagonal().sqrt()
@@ -220,9 +220,9 @@ class History:
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Return AdamW whose weight decay touches the matrices of the networks only.
+    """Return AdamW with weight decay on the matrices of the networks only.
 
-    The other parameters are scales, shifts and reflections: pulling those to zero would regularise nothing.
+    The other parameters are scales, shifts and reflections; pulling those to zero would not regularise anything.
     """
     networks = [p for name, p in model.named_parameters() if "hypernet" in name and p.dim() == 2]
     chosen = {id(p) for p in networks}
@@ -234,9 +234,9 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
 def fit(model: nn.Module, data: Digits, settings: Settings) -> tuple[nn.Module, History]:
     """Train by maximum likelihood; return the best averaged model and the history.
 
-    ``model()`` must return a distribution. Three things fight overfitting: fresh dequantisation noise in every
-    batch, an exponential moving average of the weights (it is what gets judged and returned), and early stopping on
-    the validation images.
+    ``model()`` must return a distribution. Three things prevent overfitting: fresh dequantisation noise in every
+    batch, an exponential moving average of the weights (which is evaluated and returned), and early stopping on the
+    validation images.
     """
     optimizer = make_optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -285,8 +285,8 @@ def fit(model: nn.Module, data: Digits, settings: Settings) -> tuple[nn.Module, 
 def round_trip_errors(flow: Flow, pixels: Tensor) -> tuple[float, float]:
     """Return the worst errors of image -> noise -> image (in grey levels) and of noise -> image -> noise.
 
-    ``.clone()`` makes the second leg honest: for the very tensor that a layer just returned, it may answer from
-    memory.
+    ``.clone()`` makes the way back a real computation: for the very tensor that a layer has just returned, it may
+    answer from memory.
     """
     dtype = next(flow.parameters()).dtype
     chain = flow.transforms

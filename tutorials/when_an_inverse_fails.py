@@ -1,20 +1,20 @@
-"""When an inverse fails: provoke it, read the error, and walk up the ladder of remedies.
+"""When an inverse fails: provoke a failure, read the error, and climb the ladder of remedies.
 
-A Sylvester layer can be inverted at every parameter. Most public code does it by a fixed point in x, which converges
-only where the layer is nearly the identity, and returns whatever it has when the steps are used up. Here that fixed
-point is run on purpose on a layer where it cannot work, as ``NumericalInverse(layer, solver=FixedPoint())``. Instead of
-a wrong x there is an error, which names the layer, the steps, the worst residual, the fraction of the batch and a
-remedy. Then one rung after the other (the same as in ``docs/solvers.md``):
+A Sylvester layer is invertible at any parameters. Most public code inverts it by a fixed-point iteration in x, which
+converges only if the layer is nearly the identity, and which returns its last iterate when the steps are used up. Here
+that iteration is run on purpose on a layer where it cannot work, as ``NumericalInverse(layer, solver=FixedPoint())``.
+Instead of a wrong x there is an error, which names the layer, the steps, the worst residual, the fraction of the batch
+and a remedy. Then one rung after the other (see also ``docs/solvers.md``):
 
 1. look at which rows failed and by how much (``error.solution``),
-2. allow more steps: right where the residual still falls, of no use where it does not,
-3. damp the fixed point, then accelerate it (``Anderson``),
+2. allow more steps: right if the residual is still falling, useless if it is not,
+3. damp the fixed-point iteration, then accelerate it (``Anderson``),
 4. use the Jacobian (``Newton``),
 5. use the structure: the layer's own inverse,
-6. decide what the rows mean that failed (``on_failure``).
+6. decide what the failed rows mean (``on_failure``).
 
-The last part shows what no solver mends: where a layer is nearly flat, y says little about x, and what counts then is
-that the inverse meets y, and the number of digits.
+The last part shows what no solver can cure: where a layer is nearly flat, y says little about x. The inverse then
+reproduces y, and only more digits help to recover x.
 
 Run it with::
 
@@ -33,7 +33,7 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Threads that spin while they wait cost more than they bring where other programs share the cores.
+# Threads that spin while they wait cost more than they gain if other programs share the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import matplotlib
@@ -60,10 +60,10 @@ COLOURS = dict(zip(LADDER, ("tab:red", "tab:orange", "tab:blue", "tab:green"), s
 
 
 def make_layer(low: float = -0.9, high: float = 3.0, seed: int = 0) -> Sylvester:
-    """Build a legal Sylvester layer with T_ii from ``low`` to ``high``; the fixed point needs about |T| < 1.
+    """Build a Sylvester layer with T_ii from ``low`` to ``high``; the fixed-point iteration needs about |T| < 1.
 
-    Without a memo: a layer that has just made x from y would otherwise answer ``layer(x)`` with that very y, and every
-    residual below would be zero.
+    It has no memo. With one, a layer that has just computed x from y would answer ``layer(x)`` with that very y, and
+    every residual below would be zero.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -76,14 +76,14 @@ def make_layer(low: float = -0.9, high: float = 3.0, seed: int = 0) -> Sylvester
 
 
 def invert(layer: Sylvester, y: Tensor, solver: Settings, on_failure: str) -> Tensor:
-    """Invert by a solver that knows nothing about the layer."""
+    """Invert with a solver that knows nothing about the layer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # asked for, and counted here
         return NumericalInverse(layer, solver=replace(solver, on_failure=on_failure), cache_size=0).inv(y)
 
 
 def residual(layer: Sylvester, x: Tensor, y: Tensor) -> Tensor:
-    """Return ``|f(x) - y|`` row by row, the thing that decides."""
+    """Return ``|f(x) - y|`` row by row: the criterion of convergence."""
     return (layer(x) - y).abs().amax(-1)
 
 
@@ -104,7 +104,7 @@ class Rung:
 
 
 def climb(layer: Sylvester, y: Tensor, name: str, solver: Settings | None) -> Rung:
-    """Invert by a solver, or by the layer itself."""
+    """Invert with a solver, or with the layer's own inverse."""
     last = layer.inv(y) if solver is None else invert(layer, y, solver, "warn")
     start = time.perf_counter()
     x = layer.inv(y) if solver is None else invert(layer, y, solver, "nan")
@@ -115,9 +115,9 @@ def climb(layer: Sylvester, y: Tensor, name: str, solver: Settings | None) -> Ru
 
 @torch.no_grad()
 def ladder(layer: Sylvester, x: Tensor) -> None:
-    """Provoke a failure and mend it, in print."""
+    """Provoke a failure and mend it, and print each step."""
     y = layer(x)
-    print("A legal layer, data that it made itself, and the fixed point that most code uses:\n")
+    print("An invertible layer, data that it made itself, and the fixed-point iteration that most code uses:\n")
     try:
         NumericalInverse(layer, solver=LADDER["fixed point"]).inv(y)
     except ConvergenceError as error:
@@ -131,8 +131,8 @@ def ladder(layer: Sylvester, x: Tensor) -> None:
     gap = (base.log_prob(wrong) - layer.log_abs_det_jacobian(wrong, y)) - (
         base.log_prob(x) - layer.log_abs_det_jacobian(x, y)
     )
-    print("Had its last iterate been returned, the log-density of a point would have been wrong by")
-    print(f"{gap.abs().median():.1f} nats in the median, {gap.abs().max():.1f} at worst, without a word.\n")
+    print("Had the last iterate been returned, the log-density of a point would have been wrong by")
+    print(f"{gap.abs().median():.1f} nats in the median, {gap.abs().max():.1f} at worst, without an error.\n")
 
     print("Rung 1, look. error.solution has a status, the steps and the residual of every row:")
     for status in Status:
@@ -145,19 +145,19 @@ def ladder(layer: Sylvester, x: Tensor) -> None:
     for steps in (10, 100, 1000):
         last = invert(layer, y, FixedPoint(max_steps=steps), "warn")
         print(f"    {steps:>10} steps: {residual(layer, last, y).median():.1e}")
-    print("    It does not fall: the iteration does not converge slowly here, it does not converge.")
+    print("    It does not fall: the iteration is not slow here, it does not converge.")
 
     print("Rung 3, damping and acceleration:")
     print(climb(layer, y, "fixed point", LADDER["fixed point"]))
     print(climb(layer, y, "damped fixed point", LADDER["damped fixed point"]))
     print(climb(layer, y, "Anderson", LADDER["Anderson"]))
-    print("    Damping reaches further and is slow; Anderson needs no setting, and no derivative.")
+    print("    Damping solves more rows and is slow; Anderson needs neither tuning nor a derivative.")
     print("Rung 4, the Jacobian:")
     print(climb(layer, y, "Newton", LADDER["Newton"]))
-    print("Rung 5, the structure. The layer knows that only a triangular system of 4 equations is to be solved:")
+    print("Rung 5, the structure. The layer has to solve only a triangular system of 4 equations:")
     print(climb(layer, y, "the layer itself", None))
 
-    print("Rung 6, rows that no solver can mend. A y that nothing maps to:")
+    print("Rung 6, rows that no solver can invert. A y that no x maps to:")
     try:
         NumericalInverse(TanhTransform()).inv(torch.tensor([0.5, 2.0], dtype=torch.float64))
     except ConvergenceError as error:
@@ -187,7 +187,7 @@ def flatness(dtype: torch.dtype, gaps: list[float], rows: int) -> tuple[list[flo
 
 @torch.no_grad()
 def picture(layer: Sylvester, x: Tensor, path: Path) -> None:
-    """Draw how fast each solver is, where it stops, and what is left where the layer is nearly flat."""
+    """Draw how fast each solver is, where it fails, and which errors remain where the layer is nearly flat."""
     y = layer(x)
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
 
@@ -200,7 +200,7 @@ def picture(layer: Sylvester, x: Tensor, path: Path) -> None:
     axes[0].axhline(own, color="black", linestyle="--", linewidth=1)
     axes[0].set_xlabel("steps allowed")
     axes[0].set_ylabel("median residual in y")
-    axes[0].set_title("One layer: how fast each of them is")
+    axes[0].set_title("One layer: how fast each solver is")
 
     strengths = [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0]
     layers = [make_layer(-0.9 * min(1.0, strength), strength, seed=1) for strength in strengths]
@@ -212,7 +212,7 @@ def picture(layer: Sylvester, x: Tensor, path: Path) -> None:
     axes[1].set_xlabel(r"largest $T_{ii}$: how far the layer is from the identity")
     axes[1].set_ylabel("rows solved in 100 steps")
     axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    axes[1].set_title("Many layers: where each of them stops")
+    axes[1].set_title("Many layers: where each solver fails")
 
     gaps = [10.0**-k for k in range(13)]
     for dtype, colour in ((torch.float32, "tab:purple"), (torch.float64, "tab:cyan")):
@@ -223,7 +223,7 @@ def picture(layer: Sylvester, x: Tensor, path: Path) -> None:
     axes[2].invert_xaxis()
     axes[2].set_xlabel(r"least slope of the layer, $1 + \min T_{ii}$")
     axes[2].set_ylabel("worst error")
-    axes[2].set_title("Nearly flat: y is met, x is not known")
+    axes[2].set_title("Nearly flat: y is reproduced, x is not")
     axes[2].legend(fontsize=8)
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -243,11 +243,11 @@ def main() -> None:
     ladder(layer, x)
 
     gaps = [1e-1, 1e-6, 1e-12]
-    print("What no solver mends. The least slope of a layer, and the worst error of its own inverse in y and in x:")
+    print("What no solver can cure. The least slope of a layer, and the worst error of its own inverse in y and in x:")
     for dtype in (torch.float32, torch.float64):
         for gap, in_y, in_x in zip(gaps, *flatness(dtype, gaps, len(x)), strict=True):
             print(f"    {str(dtype).removeprefix('torch.'):>10}, slope {gap:.0e}: y {in_y:.0e}, x {in_x:.0e}")
-    print("    y is met to rounding always; x only as well as y determines it. More digits are all that helps.")
+    print("    y is always reproduced to rounding error; x only as well as y determines it. Only more digits help.")
 
     path = arguments.output / "when_an_inverse_fails.png"
     picture(layer, x, path)
