@@ -136,7 +136,7 @@ def nflows_flow() -> FlowContestant:
 def normflows_flow(scale_map: str = "exp", forward_only: bool = False) -> FlowContestant:
     """Coupling blocks of normflows with its MLP and its swap.
 
-    Its ``sample`` computes the log-density too; ``forward_only`` draws with the forward passes of its base and blocks alone.
+    Its ``sample`` computes the log-density too; ``forward_only`` draws with the bare forward passes alone.
     """
     half = DIM // 2
     blocks = [
@@ -174,7 +174,7 @@ def coupling_flows() -> dict[str, FlowContestant]:
 
 
 def bare_networks() -> FlowContestant:
-    """The eight networks alone, each fed by the one before it, with the cheapest operation that uses its whole output."""
+    """The eight networks alone, each fed by the one before it; the cheapest operation uses all output."""
     nets = [dense_network(DIM // 2, HIDDEN, DIM) for _ in range(COUPLINGS)]
 
     def run(x: Tensor) -> Tensor:
