@@ -110,6 +110,14 @@ def _negative_diagonal(dim: int) -> pf.Diagonal:
     return pf.diagonal(dim) if on_meta() else pf.Diagonal.from_matrix(torch.diag((-1.5) ** signs))
 
 
+def _pivoted(dim: int) -> pf.LULinear:
+    """Return a layer with a permutation and negative signs; the seed decides which."""
+    if on_meta():
+        return pf.lu_linear(dim)
+    generator = torch.Generator().manual_seed(int(dim) + 1000 * torch.initial_seed())
+    return pf.LULinear.from_matrix(torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0])
+
+
 def _contraction(dim: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(
         pf.networks.LinearContraction(dim, 6, 0.98), torch.nn.Softplus(), pf.networks.LinearContraction(6, dim, 0.98)
@@ -204,6 +212,17 @@ CASES = [
         dims=(2, 5),
         event=image,
         conditional=lambda d, c: pf.conditional_svd_linear(d, c, dim=-3),
+    ),
+    # not 33: as for the trainable whitening below; tests/test_lu.py has smaller entries
+    Case("lu_linear", "LULinear", pf.lu_linear, dims=(1, 2, 5), conditional=pf.conditional_lu_linear),
+    Case("lu_linear_pivoted", "LULinear", _pivoted, dims=(1, 2, 5)),
+    Case(
+        "lu_linear_image",
+        "LULinear",
+        lambda d: pf.lu_linear(d, dim=-3),
+        dims=(2, 5),
+        event=image,
+        conditional=lambda d, c: pf.conditional_lu_linear(d, c, dim=-3),
     ),
     Case(
         "affine_coupling",

@@ -18,6 +18,7 @@ HALF = [pytest.param(torch.bfloat16, id="bfloat16"), pytest.param(torch.float16,
 ROUNDED_ONCE = {
     "ContractiveResidual",
     "GeneralizedSylvester",
+    "LULinear",
     "LowRankLinear",
     "LowRankResidual",
     "Monotone",

@@ -31,6 +31,7 @@ LAYERS = {
     "shift": (lambda: pf.shift(4), ["bias"]),
     "orthogonal": (lambda: pf.orthogonal(4, bias=True), ["vectors", "bias"]),
     "svd_linear": (lambda: pf.svd_linear(4), ["log_scale", "left_vectors"]),
+    "lu_linear": (lambda: pf.lu_linear(4), ["triangles"]),
     "prelu": (lambda: pf.prelu(4), ["log_slope"]),
     "planar": (lambda: pf.planar(4), ["u"]),
     "sylvester": (lambda: pf.sylvester(4), ["weight"]),
@@ -226,7 +227,7 @@ def test_pruning_is_undone():
     torch.testing.assert_close(pruned.inv(x), plain.inv(x))
 
 
-@pytest.mark.parametrize("name", ["orthogonal", "svd_linear", "low_rank_linear"])
+@pytest.mark.parametrize("name", ["orthogonal", "svd_linear", "lu_linear", "low_rank_linear"])
 def test_the_matrix_too(name):
     pruned, plain, masks = pair(name)
     for layer, suffix in ((pruned, "_orig"), (plain, "")):

@@ -24,7 +24,7 @@ from pyro_invflows.linalg.spectral import (
     spectral_norm_bound,
     spectral_norm_bounds,
 )
-from pyro_invflows.linalg.triangular import positive, positive_inverse, split_triangles
+from pyro_invflows.linalg.triangular import positive, positive_inverse, solve_for_rows, split_triangles
 
 __all__ = [
     "BLOCK_SIZE",
@@ -46,6 +46,7 @@ __all__ = [
     "positive_inverse",
     "rows_times",
     "solve",
+    "solve_for_rows",
     "spectral_norm",
     "spectral_norm_bound",
     "spectral_norm_bounds",

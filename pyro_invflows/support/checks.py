@@ -19,6 +19,7 @@ __all__ = [
     "described",
     "floating_tensor",
     "integer",
+    "invertible_matrix",
     "is_int",
     "is_size",
     "one_number",
@@ -80,6 +81,23 @@ def floating_tensor(value: Any, name: str, owner: str) -> Tensor:
             f"{owner}: {name} must be a floating point tensor, but got {kind}. Convert it with torch.as_tensor."
         )
     return value
+
+
+def invertible_matrix(value: Any, owner: str) -> Tensor:
+    """Check that a value is an invertible matrix (D, D), and return it in float64 without its graph."""
+    floating_tensor(value, "matrix", owner)
+    if value.dim() != 2 or value.shape[0] != value.shape[1]:
+        raise ValueError(f"{owner} needs a (D, D) matrix, but got {tuple(value.shape)}.")
+    if not value.isfinite().all():
+        raise ValueError(f"{owner} needs a finite matrix.")
+    matrix = value.detach().double()
+    s = torch.linalg.svdvals(matrix)
+    if s.min() <= s.max() * len(s) * torch.finfo(value.dtype).eps:
+        raise ValueError(
+            f"{owner} needs an invertible matrix, but its singular values reach from {s.max():.3g} down to "
+            f"{s.min():.3g}."
+        )
+    return matrix
 
 
 def derivative_order(order: int, owner: str) -> int:

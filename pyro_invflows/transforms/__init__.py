@@ -42,6 +42,7 @@ from pyro_invflows.transforms.low_rank_residual import (
     low_rank_residual,
 )
 from pyro_invflows.transforms.lowrank import LowRankLinear, conditional_low_rank_linear, low_rank_linear
+from pyro_invflows.transforms.lu import LULinear, conditional_lu_linear, lu_linear
 from pyro_invflows.transforms.monotone import (
     Monotone,
     SinhArcsinh,
@@ -73,6 +74,7 @@ __all__ = [
     "Diagonal",
     "GeneralizedSylvester",
     "Interval",
+    "LULinear",
     "LeakyReLU",
     "LowRankLinear",
     "LowRankResidual",
@@ -102,6 +104,7 @@ __all__ = [
     "conditional_generalized_sylvester",
     "conditional_low_rank_linear",
     "conditional_low_rank_residual",
+    "conditional_lu_linear",
     "conditional_orthogonal",
     "conditional_planar",
     "conditional_prelu",
@@ -121,6 +124,7 @@ __all__ = [
     "leaky_relu",
     "low_rank_linear",
     "low_rank_residual",
+    "lu_linear",
     "multi_scale",
     "numerical_inverse",
     "orthogonal",
