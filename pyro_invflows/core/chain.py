@@ -319,8 +319,8 @@ def stack(
 
     Example:
         >>> chain = stack(2, diagonal, 3, between=orthogonal)
-        >>> [type(layer).__name__ for layer in chain]
-        ['Diagonal', 'Orthogonal', 'Diagonal']
+        >>> print(*(type(layer).__name__ for layer in chain))
+        Diagonal Orthogonal Diagonal
     """
     if not is_int(repeats):
         raise TypeError(f"stack: repeats must be an int, but got {repeats!r}; it comes first: stack(4, factory, dim).")
