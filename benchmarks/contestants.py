@@ -174,7 +174,7 @@ def coupling_flows() -> dict[str, FlowContestant]:
 
 
 def bare_networks() -> FlowContestant:
-    """The eight networks alone, each fed by the one before it; the cheapest operation uses all output."""
+    """The eight networks alone, each fed by the one before; their whole output is used, as cheaply as possible."""
     nets = [dense_network(DIM // 2, HIDDEN, DIM) for _ in range(COUPLINGS)]
 
     def run(x: Tensor) -> Tensor:
