@@ -26,7 +26,7 @@ def normal(size: int, scale: float = 1.0) -> dist.Distribution:
 
 
 def gaussian() -> SVDLinear:
-    """Return the layer that gives normal noise the covariance."""
+    """Return the layer that gives normal noise its covariance."""
     return SVDLinear.from_matrix(torch.linalg.cholesky(COVARIANCE), bias=False)
 
 
@@ -40,7 +40,7 @@ def contours(axis: Axes, density: dist.Distribution) -> None:
 
 @torch.no_grad()
 def injection(axis: Axes) -> None:
-    """Draw a line that is grown to a plane."""
+    """Draw a line that grows into a plane."""
     turn = Orthogonal.from_matrix(torch.tensor([[0.8, -0.6], [0.6, 0.8]]))
     flow = Flow(normal(1), [ConcatNoise(normal(1, 0.5)), turn])
     contours(axis, flow())
@@ -57,7 +57,7 @@ def injection(axis: Axes) -> None:
     axis.text(1.05, 2.02, "x", color="C0", fontsize=12)
     axis.text(*(end[1] + torch.tensor([0.25, -0.12])).tolist(), "y = [x, e]", fontsize=11)
     axis.text(*((start[1] + end[1]) / 2 + torch.tensor([-0.45, -0.25])).tolist(), "e", color="C3", fontsize=12)
-    axis.set_xlabel("a point y shows its x and its e:\n" r"$\log p(y) = \log p(x) + \log p(e)$", fontsize=10)
+    axis.set_xlabel("a point y determines its x and its e:\n" r"$\log p(y) = \log p(x) + \log p(e)$", fontsize=10)
 
 
 @torch.no_grad()
@@ -76,12 +76,12 @@ def dropping(axis: Axes) -> None:
     axis.text(y - 0.35, -3.2, "y", color="C0", fontsize=12)
     axis.text(-3.1, 2.65, "Slice: a bound", fontsize=12, weight="bold")
     axis.legend(loc="lower left", fontsize=8, bbox_to_anchor=(0.0, 0.06), framealpha=0.9)
-    axis.set_xlabel("every point above y is dropped to it:\n" r"$\log p(y) \approx \log p(y, e) - \log r(e \mid y)$")
+    axis.set_xlabel("every point above y is mapped to y:\n" r"$\log p(y) \approx \log p(y, e) - \log r(e \mid y)$")
 
 
 @torch.no_grad()
 def bounds(axis: Axes) -> None:
-    """Draw what both scores say in the mean, beside the truth."""
+    """Draw the averages of both scores, beside the exact log-density."""
     layer = gaussian()
     d = FlowDistribution(normal(2), [layer, Slice(normal(1, GUESS))])
     joint = FlowDistribution(normal(2), [layer])
@@ -93,14 +93,14 @@ def bounds(axis: Axes) -> None:
         pairs = torch.cat([y.expand_as(e), e], -1)
         return (joint.log_prob(pairs) - normal(1, GUESS).log_prob(e)).mean(0)
 
-    axis.plot(y, truly_dropped(20_000), color="C1", label='score="sample", in the mean')
+    axis.plot(y, truly_dropped(20_000), color="C1", label='score="sample", on average')
     axis.plot(y, exact, color="k", linewidth=2, label="exact")
     for k, shade in ((100, 0.55), (10, 0.75), (1, 1.0)):
         mean = d.log_prob(y.expand(2_000, *y.shape), num_particles=k).mean(0)
-        label = 'score="data", in the mean' if k == 1 else f"    num_particles={k}"
+        label = 'score="data", on average' if k == 1 else f"    num_particles={k}"
         axis.plot(y, mean, color="C3", alpha=shade, linestyle="-" if k == 1 else "--", linewidth=1.3, label=label)
     axis.legend(fontsize=8, loc="lower center")
-    axis.set(xlabel="y", ylabel="log-density", ylim=(-6.6, 1.2), title="below or above, as told")
+    axis.set(xlabel="y", ylabel="log-density", ylim=(-6.6, 1.2), title="below or above, as chosen")
 
 
 def main() -> None:
