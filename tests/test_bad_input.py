@@ -29,9 +29,9 @@ VALUE = [
     (lambda: pf.permute(4, permutation=[0, 1]), "4 elements"),
     (lambda: pf.PixelShuffle(0), "at least 1"),
     (lambda: pf.pixel_shuffle(6), "r^2"),
-    (lambda: pf.PixelShuffle(2)(torch.zeros(3, 2, 2)), "divides the channels"),
-    (lambda: pf.PixelShuffle(2).inv(torch.zeros(1, 3, 2)), "divides the height"),
-    (lambda: pf.PixelShuffle(2).forward_shape(torch.Size((3, 2, 2))), "divides"),
+    (lambda: pf.PixelShuffle(2)(torch.zeros(3, 2, 2)), "channels must be divisible"),
+    (lambda: pf.PixelShuffle(2).inv(torch.zeros(1, 3, 2)), "height and width must be divisible"),
+    (lambda: pf.PixelShuffle(2).forward_shape(torch.Size((3, 2, 2))), "must be divisible"),
     (lambda: pf.AffineCoupling(-1, torch.nn.Linear(1, 1)), "at least 0"),
     (lambda: pf.affine_coupling(4, split_dim=4), "split_dim must be below input_dim"),
     (lambda: pf.AffineCoupling(3, torch.nn.Linear(3, 2))(torch.zeros(2, 3)), "more than that many"),
@@ -246,7 +246,7 @@ def test_wrong_event_sizes(case, dim):
     x = case.points(dim)
     axis = next(iter(layer.trace_event({})))
     wide = torch.cat([x, x], dim=axis)
-    message = r"event|elements|divides|broadcast"
+    message = r"event|elements|divisible|broadcast"
     for bad in (wide, x.new_zeros(()), x.narrow(axis, 0, 0)):
         for call in (layer, layer.inv, lambda v: call_and_ladj(layer, v), lambda v: inv_and_ladj(layer, v)):
             with pytest.raises(ValueError, match=message):

@@ -582,7 +582,7 @@ def test_stacked_ends_under_vmap():
     [
         (torch.tensor([0.0, 2.0]), torch.tensor([1.0, 2.0]), ValueError, r"low=2.0, high=2.0 at \(1,\)"),
         (torch.tensor([0.0, math.nan]), 1.0, ValueError, "low < high"),
-        (0.0, torch.tensor([1.0, math.inf]), ValueError, "finite ends"),
+        (0.0, torch.tensor([1.0, math.inf]), ValueError, "ends must be finite"),
         (torch.zeros(2), torch.ones(3), ValueError, "broadcast"),
         (torch.zeros(2, dtype=torch.long), 1.0, TypeError, "floating point"),
         (torch.zeros(2, requires_grad=True), 1.0, ValueError, "requires grad"),

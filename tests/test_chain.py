@@ -91,7 +91,7 @@ def test_event_dims_add_up():
         (lambda: [pf.orthogonal(4), pf.Sigmoid(), pf.permute(3)], "part 2"),
         (lambda: [pf.baird(3), pf.orthogonal(4)], "part 1"),
         (lambda: [pf.orthogonal(4), pf.baird(3)], "part 1"),
-        (lambda: [pf.shift(6, dim=-3), pf.PixelShuffle(2)], "divides the channels"),
+        (lambda: [pf.shift(6, dim=-3), pf.PixelShuffle(2)], "channels must be divisible"),
         (lambda: [pf.shift(8, dim=-3), pf.PixelShuffle(2), pf.shift(8, dim=-3)], "part 2"),
         (lambda: [ReshapeTransform((6,), (2, 3)), pf.shift(4)], "part 1"),
     ],

@@ -694,7 +694,7 @@ def test_wrong_sizes_and_dtypes_are_named():
         with pytest.raises(ValueError, match="3 elements along dim -1, but got 4 and 2 of noise"):
             call(torch.zeros(5, 6, dtype=F64))
     for call in (pf.ConcatNoise(normal(2)).inv, pf.Slice(normal(2))):
-        with pytest.raises(ValueError, match=r"input of a Slice.* has more than that, but got 2"):
+        with pytest.raises(ValueError, match=r"input of a Slice.* must have more than that, but got 2"):
             call(torch.zeros(5, 2, dtype=F64))
     with pytest.raises(ValueError, match=r"base|elements"):
         dist.TransformedDistribution(normal(4), [layer])
@@ -819,13 +819,13 @@ def test_latents_refuse_what_they_cannot_restore():
     for latents, message in [
         ({"a": torch.zeros(2, dtype=F64)}, r"latents\['base'\]"),
         ({"base": y, "b": y}, "keys .*, but got b"),
-        ({"base": y, "a": torch.zeros(3, dtype=F64)}, r"events of shape \(2,\), but got the shape \(3,\)"),
+        ({"base": y, "a": torch.zeros(3, dtype=F64)}, r"must have the shape \(2,\), but got a tensor of shape \(3,\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             chain.from_latents(latents)
     for e, error, message in [
-        (torch.zeros(3, 2, dtype=F64), ValueError, r"the noise, \(3,\), do not broadcast with those of x, \(4,\)"),
-        (torch.zeros(4, 2), TypeError, "tensor of torch.float64, like x, but got torch.float32"),
+        (torch.zeros(3, 2, dtype=F64), ValueError, r"noise and x must broadcast, but got \(3,\) and \(4,\)"),
+        (torch.zeros(4, 2), TypeError, "tensor of torch.float64, as x is, but got torch.float32"),
         ([0.0, 0.0], TypeError, "but got list"),
     ]:
         with pytest.raises(error, match=message):
@@ -986,7 +986,10 @@ def test_multi_scale_trains_and_refuses_bad_sizes():
         (lambda: pf.multi_scale(8, layers=coupling, dim=-2), "dim must be -1, for vectors, or -3"),
         (lambda: pf.multi_scale(8, layers=coupling, num_scales=0), "num_scales must be at least 1"),
         (lambda: pf.multi_scale(8, layers=lambda k: pf.svd_linear(8)), "part 1 .* does not fit part 0"),
-        (lambda: pf.multi_scale(1, layers=image_layers, dim=-3).latents(torch.zeros(1, 6, 4)), "divides the height"),
+        (
+            lambda: pf.multi_scale(1, layers=image_layers, dim=-3).latents(torch.zeros(1, 6, 4)),
+            "height and width must be divisible",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

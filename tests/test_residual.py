@@ -365,9 +365,9 @@ def test_bad_input():
         pf.contractive_residual(2, dim=-3, context_dim=1)
     with pytest.raises(ValueError, match="num_blocks"):
         pf.iresnet(2, num_blocks=0)
-    with pytest.raises(ValueError, match="order=2 serves events"):
+    with pytest.raises(ValueError, match="order=2 is for events"):
         pf.contractive_residual(40, order=2)
-    with pytest.raises(ValueError, match="order=2 serves events"):
+    with pytest.raises(ValueError, match="order=2 is for events"):
         pf.ContractiveResidual(pf.networks.ContractiveMLP(40), order=2).inv(torch.zeros(1, 40))
     with pytest.raises(ValueError, match="must return the shape of its input"):
         pf.ContractiveResidual(LinearContraction(3, 1))(torch.zeros(4, 3))

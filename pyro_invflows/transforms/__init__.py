@@ -1,4 +1,4 @@
-"""The layers, one family a file."""
+"""The layers, one family per file."""
 
 from pyro_invflows.transforms.activations import (
     Baird,

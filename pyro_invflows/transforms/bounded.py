@@ -1,12 +1,12 @@
-r"""Activations onto an interval or a half-line: elementwise layers of event dimension 0.
+r"""Activations that map onto an interval or a half-line: elementwise layers of event dimension 0.
 
-The textbook functions with their true codomains, finite in both directions at every float. A point outside a codomain
-has density 0: the log-det is +inf there (see :class:`~pyro_invflows.Elementwise`), while the inverse gives the x of the
-border, so that the gradients of the other rows stay finite.
+These are the textbook functions with their true codomains. Both directions are finite for every finite input. A point
+outside the codomain has density 0: its log-det is +inf (see :class:`~pyro_invflows.Elementwise`), but its inverse is
+that of the nearest point of the codomain, so that the gradients of the other rows stay finite.
 
-Behind such a layer in the middle of a flow, some data may be out of reach: their log-prob is -inf. Take the loss over
-the other rows, ``log_prob[log_prob.isfinite()].mean()``, and let the layers behind it start wide enough for the data.
-The flow has learned them only when every row is within reach.
+If such a layer stands in the middle of a flow, some data may be out of reach; their log-prob is -inf. Take the loss
+over the other rows, ``log_prob[log_prob.isfinite()].mean()``, and initialise the layers after it wide enough for the
+data. The flow models all data only once every row is within reach.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _SELU_SCALE = 1.0507009873554805
 
 
 def _log_sigmoid_slope(x: Tensor) -> Tensor:
-    """Return ``log(sigmoid(x) sigmoid(-x))``, finite at every float."""
+    """Return ``log(sigmoid(x) sigmoid(-x))``, finite for every finite x."""
     return F.logsigmoid(x) + F.logsigmoid(-x)
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """Return 2x, short of where a log-slope made of it would overflow."""
+    """Return 2x, clamped so that a log-slope computed from it does not overflow."""
     limit = torch.finfo(x.dtype).max / 4
     return 2 * x.clamp(-limit, limit)
 
@@ -52,27 +52,30 @@ class Interval(Elementwise):
     .. math:: y = l + (h - l)\,\sigma(x), \qquad l < h.
 
     Invertible because the sigmoid is increasing. Choose it to map a flow onto bounded data, and its ``.inv`` to
-    bring bounded data to the real line.
+    map bounded data onto the real line.
 
-    **Forward**: O(1) an element, derivatives of every order; kept strictly inside (l, h).
-    **Inverse**: ``log(y - l) - log(h - y)``; a y on or beyond an end counts as its neighbour inside, so x is finite.
-    **Log-det**: ``log(h - l) + logsigmoid(x) + logsigmoid(-x)``; +inf, hence density 0, for y outside [l, h] by more
-    than rounding.
-    **Identity**: never near it.
+    **Forward**: O(1) per element, with derivatives of all orders; y is kept strictly inside (l, h).
+    **Inverse**: ``log(y - l) - log(h - y)``; a y at or beyond an end is replaced by the closest float inside, so that
+    x is finite.
+    **Log-det**: ``log(h - l) + logsigmoid(x) + logsigmoid(-x)``; +inf, hence density 0, if y is outside [l, h] by more
+    than rounding error.
+    **Identity**: never.
 
     Args:
         low: Lower end l, a number or a tensor.
-        high: Upper end h, a number or a tensor. Tensors set the ends of each element and become buffers.
-
-    Shape:
-        ``(*S) -> broadcast(*S, *low.shape, *high.shape)``, log-det of the same shape; event dimension 0.
+        high: Upper end h, a number or a tensor. Tensors give each element its own ends and become buffers.
 
     Attributes:
-        low, high: The ends: numbers, or buffers.
+        low: l, as a number, or as a buffer if either end is a tensor. It is not learned.
+        high: h, likewise.
+
+    Shape:
+        ``(*S) -> broadcast(*S, *low.shape, *high.shape)``; the log-det has the shape of y. The event dimension is 0.
 
     Raises:
         TypeError: if an end is neither a number nor a floating point tensor.
-        ValueError: unless ``low < high``, both finite; if a tensor requires grad, since the ends are not learned.
+        ValueError: if the ends are not finite with ``low < high``; if their shapes do not broadcast; if a tensor
+            requires grad, because the ends are not learned.
 
     Example:
         >>> layer = Interval(-1.0, 3.0)
@@ -94,13 +97,13 @@ class Interval(Elementwise):
             super().__init__(torch.broadcast_shapes(low.shape, high.shape), cache_size=cache_size)
             self.register_buffer("low", low)
             self.register_buffer("high", high)
-            self._range = None  # a constraint that held the buffers would not follow them to another device
+            self._range = None  # a constraint that held the buffers would not move with them to another device
             return
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"Interval needs finite ends with low < high, but got low={low!r}, high={high!r}.")
+            raise ValueError(f"Interval: the ends must be finite with low < high, but got low={low!r}, high={high!r}.")
         super().__init__(cache_size=cache_size)
         self.low, self.high = low, high
-        # torch's interval is the closed one; the forward map never touches its ends.
+        # torch's interval is closed, but the forward map never reaches its ends
         self._range = constraints.interval(low, high)
 
     @property
@@ -134,26 +137,29 @@ def _end(value: float | Tensor, name: str) -> float | Tensor:
         return real_number(value, name, "Interval")
     if value.requires_grad:
         raise ValueError(
-            f"Interval does not learn its ends, but {name} requires grad. Give {name}.detach(), or learn the range "
-            "with a Diagonal behind Interval(0.0, 1.0)."
+            f"Interval: the ends are not learned, but {name} requires grad. Pass {name}.detach(), or learn the range "
+            "by a Diagonal after Interval(0.0, 1.0)."
         )
     return floating_tensor(value, name, "Interval").clone()
 
 
 def _as_tensors(low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Check the ends of several intervals, and return both as tensors of one dtype on one device."""
+    """Check the ends of several intervals, and return both as tensors of the same dtype and device."""
     like = low if isinstance(low, Tensor) else high
     low, high = (torch.as_tensor(end, dtype=like.dtype, device=like.device) for end in (low, high))  # type: ignore
     try:
         good = low.isfinite() & high.isfinite() & (low < high)
     except RuntimeError:
         raise ValueError(
-            f"Interval needs ends that broadcast, but low has the shape {tuple(low.shape)}, high {tuple(high.shape)}."
+            "Interval: the shapes of the ends must broadcast, but low has the shape "
+            f"{tuple(low.shape)} and high {tuple(high.shape)}."
         ) from None
     if not good.is_meta and not good.all():
         index = tuple((~good).nonzero()[0].tolist())
         low, high = (end.expand(good.shape)[index].item() for end in (low, high))
-        raise ValueError(f"Interval needs finite ends with low < high, but got low={low}, high={high} at {index}.")
+        raise ValueError(
+            f"Interval: the ends must be finite with low < high, but got low={low}, high={high} at {index}."
+        )
     return low, high
 
 
@@ -164,15 +170,16 @@ class Sigmoid(Interval):
 
     Invertible because it is increasing. Choose it for probabilities and for data scaled to [0, 1].
 
-    **Forward**: O(1) an element; kept strictly inside (0, 1).
-    **Inverse**: the logit; a y on or beyond an end counts as its neighbour inside, so that x is finite.
-    **Log-det**: ``logsigmoid(x) + logsigmoid(-x)``; +inf, hence density 0, for y outside [0, 1] by more than rounding.
-    **Identity**: never near it.
+    **Forward**: O(1) per element; y is kept strictly inside (0, 1).
+    **Inverse**: the logit; a y at or beyond an end is replaced by the closest float inside, so that x is finite.
+    **Log-det**: ``logsigmoid(x) + logsigmoid(-x)``; +inf, hence density 0, if y is outside [0, 1] by more than
+    rounding error.
+    **Identity**: never.
 
     Shape:
-        ``(*) -> (*)``, log-det ``(*)``; event dimension 0.
+        ``(*) -> (*)``; log-det ``(*)``. The event dimension is 0.
 
-    Differs from ``torch.distributions.SigmoidTransform``: a module, and it gives y and log-det in one pass.
+    Differs from ``torch.distributions.SigmoidTransform``: it is a module, and computes y and the log-det in one pass.
 
     Example:
         >>> layer = Sigmoid()
@@ -187,7 +194,7 @@ class Sigmoid(Interval):
         super().__init__(0.0, 1.0, cache_size=cache_size)
 
     def _inside(self, y: Tensor) -> Tensor:
-        # Down to the smallest normal number: the tail towards 0 has far more floats than the one towards 1.
+        # down to the smallest normal number, because there are far more floats near 0 than near 1
         return y.clamp(torch.finfo(y.dtype).tiny, below(1.0, y.dtype))
 
     def _function(self, x: Tensor) -> Tensor:
@@ -211,16 +218,17 @@ class Tanh(Elementwise):
 
     Invertible because it is increasing. Choose it for data scaled to [-1, 1].
 
-    **Forward**: O(1) an element; kept strictly inside (-1, 1).
-    **Inverse**: ``atanh``; a y on or beyond an end counts as its neighbour inside, so that x is finite.
-    **Log-det**: ``log 4 + logsigmoid(2x) + logsigmoid(-2x)``; +inf, hence density 0, for y outside [-1, 1] by more than
-    rounding.
-    **Identity**: slope 1 at 0 only.
+    **Forward**: O(1) per element; y is kept strictly inside (-1, 1).
+    **Inverse**: ``atanh``; a y at or beyond an end is replaced by the closest float inside, so that x is finite.
+    **Log-det**: ``log 4 + logsigmoid(2x) + logsigmoid(-2x)``; +inf, hence density 0, if y is outside [-1, 1] by more
+    than rounding error.
+    **Identity**: only to first order at x = 0.
 
     Shape:
-        ``(*) -> (*)``, log-det ``(*)``; event dimension 0.
+        ``(*) -> (*)``; log-det ``(*)``. The event dimension is 0.
 
-    Differs from ``torch.distributions.TanhTransform``: a module, finite at y = +-1, one pass for y and log-det.
+    Differs from ``torch.distributions.TanhTransform``: it is a module, its inverse is finite at y = +-1, and it
+    computes y and the log-det in one pass.
 
     Example:
         >>> layer = Tanh()
@@ -253,22 +261,24 @@ class ELU(Elementwise):
     Invertible because it is increasing; its codomain is :math:`(-\alpha, \infty)`. Choose it where one tail must
     be bounded.
 
-    **Forward**: O(1) an element, by ``expm1``; kept strictly above :math:`-\alpha`.
-    **Inverse**: ``log1p``; a y at or below :math:`-\alpha` counts as its neighbour above, so that x is finite.
-    **Log-det**: :math:`x + \log\alpha` for x < 0, else 0; +inf, hence density 0, for y below :math:`-\alpha` by more
-    than rounding.
+    **Forward**: O(1) per element, by ``expm1``; y is kept strictly above :math:`-\alpha`.
+    **Inverse**: ``log1p``; a y at or below :math:`-\alpha` is replaced by the closest float above, so that x is finite.
+    **Log-det**: :math:`x + \log\alpha` for x < 0, else 0; +inf, hence density 0, if y is below :math:`-\alpha` by more
+    than rounding error.
     **Identity**: on x >= 0.
 
     Args:
-        alpha: :math:`\alpha`.
+        alpha: Minus the lower bound, :math:`\alpha`.
 
     Shape:
-        ``(*) -> (*)``, log-det ``(*)``; event dimension 0.
+        ``(*) -> (*)``; log-det ``(*)``. The event dimension is 0.
 
     Raises:
-        ValueError: unless alpha is positive and finite.
+        TypeError: if alpha is not a number.
+        ValueError: if alpha is not positive and finite.
 
-    Differs from Pyro's ``ELUTransform``: the codomain is the true one, any alpha, no epsilon in the inverse.
+    Differs from Pyro's ``ELUTransform``: it declares its true codomain, takes any alpha, and its inverse needs no
+    epsilon.
 
     References:
         Clevert et al. (2016), *Fast and accurate deep network learning by exponential linear units*, Eq. 15.
@@ -289,7 +299,7 @@ class ELU(Elementwise):
 
     def _function(self, x: Tensor) -> Tensor:
         floor = above(-self._scale * self.alpha, x.dtype)
-        # exp of the positive branch would overflow and poison the gradient of the other one
+        # without the clamp, exp would overflow for x > 0 and turn the gradient into NaN
         negative = (self._scale * self.alpha * torch.expm1(x.clamp(max=0))).clamp(min=floor)
         return torch.where(x < 0, negative, self._scale * x)
 
@@ -306,20 +316,20 @@ class ELU(Elementwise):
 
 
 class SELU(ELU):
-    r"""The self-normalising ELU: scale 1.0507, alpha 1.6733.
+    r"""Bends the negative half-line as the self-normalising ELU does.
 
-    .. math:: y = \lambda x \text{ for } x \ge 0, \qquad y = \lambda \alpha (e^x - 1) \text{ for } x < 0.
+    .. math:: y = \lambda x \text{ for } x \ge 0, \qquad y = \lambda \alpha (e^x - 1) \text{ for } x < 0,
 
-    Invertible because it is increasing; its codomain is :math:`(-\lambda\alpha, \infty)`. Choose it in deep stacks
-    that should keep unit variance.
+    with :math:`\lambda = 1.0507` and :math:`\alpha = 1.6733`. Invertible because it is increasing; its codomain is
+    :math:`(-\lambda\alpha, \infty)`. Choose it in deep stacks that should preserve unit variance.
 
-    **Forward**, **Inverse**: as :class:`ELU`.
-    **Log-det**: :math:`\log\lambda`, plus :math:`x + \log\alpha` for x < 0; +inf, hence density 0, for y
-    below :math:`-\lambda\alpha` by more than rounding.
-    **Identity**: within 5 % on x >= 0.
+    **Forward**, **Inverse**: as in :class:`ELU`.
+    **Log-det**: :math:`\log\lambda`, plus :math:`x + \log\alpha` for x < 0; +inf, hence density 0, if y is
+    below :math:`-\lambda\alpha` by more than rounding error.
+    **Identity**: within 5.1 % on x >= 0.
 
     Shape:
-        ``(*) -> (*)``, log-det ``(*)``; event dimension 0.
+        ``(*) -> (*)``; log-det ``(*)``. The event dimension is 0.
 
     References:
         Klambauer et al. (2017), *Self-normalizing neural networks*, Eq. 2.
@@ -353,15 +363,16 @@ def tanh(input_dim: int | None = None) -> Tanh:
 
 
 def elu(input_dim: float | None = None, *, alpha: float | None = None) -> ELU:
-    """Build an :class:`ELU`, ``elu(2.0)`` with alpha 2; the default alpha is 1.
+    """Build an :class:`ELU`; ``elu(2.0)`` has the alpha 2. The default alpha is 1.
 
     Args:
-        input_dim: A float is alpha. An int is the size of an event, which the layer does not need; it is accepted so
-            that ``stack(4, elu, 8)`` works.
-        alpha: Alpha, by keyword.
+        input_dim: A float is taken as alpha. An int is taken as the size of an event, which the layer does not need;
+            it is accepted so that ``stack(4, elu, 8)`` works.
+        alpha: Alpha, as a keyword.
 
     Raises:
         TypeError: if alpha is given twice, or is not a number.
+        ValueError: if alpha is not positive and finite.
     """
     return ELU(one_number(input_dim, alpha, 1.0, "alpha", "elu"))
 
@@ -374,5 +385,5 @@ def selu(input_dim: int | None = None) -> SELU:
 
 def interval(input_dim: int | None = None, *, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Interval:
     """Build an :class:`Interval`; it has no parameters, so ``input_dim`` is not needed."""
-    size_only(input_dim, "interval", " Give the ends by keyword, interval(low=..., high=...).")
+    size_only(input_dim, "interval", " Give the ends as keywords: interval(low=..., high=...).")
     return Interval(low, high)

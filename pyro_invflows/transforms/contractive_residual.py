@@ -1,9 +1,9 @@
-r"""Residual layers ``x + g(x)`` with a contraction g: invertible whatever g looks like inside.
+r"""Residual layers ``x + g(x)`` with a contraction g, which are invertible for any architecture of g.
 
 Behrmann et al. (2019), *Invertible residual networks*; Chen et al. (2019), *Residual flows for invertible generative
 modeling*; Lu et al. (2021), *Implicit normalizing flows*, for chains of residual and inverted residual layers. There
-the bound is an estimate, the log-determinant is sampled and the inverse stops early; here the bound is proved at every
-call, and the low-rank layer's log-determinant is exact.
+the Lipschitz bound is an estimate, the log-determinant is a random estimate, and the inverse stops early. Here the
+bound is guaranteed in every call, and the log-determinant is exact unless an estimator is chosen.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from pyro_invflows.support.precision import at_least_single, full_precision
 
 __all__ = ["ContractiveResidual", "conditional_contractive_residual", "contractive_residual"]
 
-#: Events of up to this size have a dense Jacobian in the inverse and its gradient.
+#: For events of up to this size, the inverse and its gradient use a dense Jacobian.
 _SMALL_EVENT = 32
-#: Where the bound binds, a shorter memory takes twice the steps.
+#: Memory of Anderson acceleration. If the network attains its bound, a shorter one takes twice as many steps.
 _MEMORY = 15
-#: Bound on the accelerated steps; the fixed point goes on from there.
+#: Maximum number of Anderson steps; the fixed-point iteration continues from there.
 _ANDERSON_STEPS = 200
 
 
@@ -53,46 +53,50 @@ _ANDERSON_STEPS = 200
 
 
 class ContractiveResidual(ContextLayer):
-    r"""Moves points by any network that is a contraction.
+    r"""Moves points by the output of any network that is a contraction.
 
     .. math:: y = x + g(x), \qquad \mathrm{Lip}(g) \le c < 1.
 
-    Invertible because x is the fixed point of the contraction :math:`y - g(x)`. Choose it for a network of your own,
-    wide or convolutional; :class:`LowRankResidual` is faster where a narrow one will do.
+    Invertible because x is the fixed point of the contraction :math:`x \mapsto y - g(x)`. Choose it for a network of
+    your own, wide or convolutional; if a narrow network is enough, :class:`LowRankResidual` is faster.
 
-    **Forward**: one evaluation of the network. **Inverse**: Newton's method for events of up to 32 elements, else
-    Anderson acceleration; the fixed point, which the bound makes converge, finishes the rows that these leave.
-    Implicit gradient, its linear solve dense for small events and iterative else; first order in reverse mode, forward
-    mode and ``torch.func`` for small events only; ``order=2`` for second derivatives there. **Log-det**: exact by
-    default, in as few dimensions as the network is narrow; an estimator if you name one, from torch's generator. Which
-    one runs never depends on ``training``. **Identity**: where g is zero, as at the start of
-    :func:`contractive_residual`.
+    **Forward**: one evaluation of the network. **Inverse**: Newton's method for small events (up to 32 elements),
+    Anderson acceleration for others. Rows that these do not solve are finished by a fixed-point iteration, which
+    converges because of the bound. Implicit gradients, by a dense linear solve for small events and an iterative one
+    for others; first order in reverse mode; forward mode, ``torch.func`` and second derivatives (with ``order=2``) for
+    small events only. **Log-det**: exact by default, in as many dimensions as the narrowest layer of the network has; a
+    random estimate, drawn with torch's global generator, if you choose an estimator. It never depends on ``training``.
+    **Identity**: if g = 0, as in a layer newly built by :func:`contractive_residual`.
 
     Args:
-        net: A contraction: ``networks.ContractiveMLP``, a ``Sequential`` of ``networks.LinearContraction``,
-            ``networks.Conv2dContraction`` and activations with slopes of at most 1, or a module with an attribute
-            ``lipschitz``, your promise. It maps ``(*B, D)`` to the same shape or, for other ``dim``, one flat batch of
-            events, row by row.
-        dim: -1 for vectors, -3 for images ``(C, H, W)``; sets the event dimension.
-        input_dim: D, where it should be checked.
+        net: The contraction g: ``networks.ContractiveMLP``; a ``Sequential`` of ``networks.LinearContraction``,
+            ``networks.Conv2dContraction`` and activations with slopes of at most 1; or any module with an attribute
+            ``lipschitz``, a bound that you guarantee. It must map ``(*B, D)`` to the same shape, row by row; for
+            another ``dim``, it receives one flat batch of events.
+        dim: -1 for vectors, -3 for images ``(C, H, W)``; it determines the number of event dimensions.
+        input_dim: Size D of an event along ``dim``, if it is to be checked.
         log_det: ``logdet.Exact()`` (the default), ``logdet.RussianRoulette()``, ``logdet.PowerSeries()``, or an
             estimator of your own, derived from :class:`~pyro_invflows.logdet.LogDet`.
         order: Highest order of derivatives of the inverse, 1 or 2; 2 for small events only.
-        solver: ``solvers.Newton(...)``, ``Anderson(...)`` or ``FixedPoint(...)``; default ``Newton()`` for events of up
-            to 32 elements and ``Anderson(memory=15)`` for others. With ``max_steps`` given, no fixed point stands
-            behind it.
-        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        solver: ``solvers.Newton(...)``, ``Anderson(...)`` or ``FixedPoint(...)``; default ``Newton()`` for small events
+            and ``Anderson(memory=15)`` for others. If ``max_steps`` is given, no fixed-point iteration follows.
+        atol: Absolute tolerance, if no ``solver`` is given; see :class:`~pyro_invflows.solvers.Settings`.
         rtol: Relative tolerance, likewise.
-        max_steps: Bound on the steps, likewise.
+        max_steps: Maximum number of steps, likewise.
         on_failure: What happens to rows that did not converge, likewise.
 
+    Attributes:
+        net: The contraction g, with its parameters.
+        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
+
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, C, H, W)``.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, C, H, W) -> (*B, C, H, W)``; log-det ``(*B,)``.
 
     Raises:
-        TypeError: if the network, the estimator or the solver is of another kind.
-        ValueError: naming the layer, if the network is not known to be a contraction or its bound is not below 1.
-        ConvergenceError: in the inverse, where ``max_steps`` was given, or tolerances below rounding. A y that is not
+        TypeError: if the network is not a module, or the estimator or the solver is not one of those above.
+        ValueError: if the network is not known to be a contraction (the error names the part at fault), or its bound is
+            not below 1; if the network returns another shape; with ``order=2``, if an event has more than 32 elements.
+        ConvergenceError: in the inverse, if ``max_steps`` is given, or tolerances below rounding error. A y that is not
             finite gives NaN.
 
     References:
@@ -143,7 +147,7 @@ class ContractiveResidual(ContextLayer):
         self.log_det = Exact() if log_det is None else log_det
         self.exact = self.log_det.exact
         self.order = derivative_order(order, owner)
-        # for small events, and for others: the defaults differ
+        # for small events, and for others, because the defaults differ
         self.solvers = tuple(
             chosen_settings(
                 default,
@@ -159,11 +163,11 @@ class ContractiveResidual(ContextLayer):
         )
         if self.context_dim and dim != -1:
             raise ValueError(
-                f"{owner}: a network with a context is for vectors (dim=-1), but got dim={dim}; give it context_dim=0 "
-                "and condition other layers of the flow."
+                f"{owner}: a network with a context is for vectors (dim=-1), but got dim={dim}. Build it with "
+                "context_dim=0, and condition other layers of the flow."
             )
         if self.order == 2 and dim == -1 and input_dim is not None and input_dim > _SMALL_EVENT:
-            raise ValueError(f"{owner}: order=2 serves events of up to {_SMALL_EVENT} elements, but got {input_dim}.")
+            raise ValueError(f"{owner}: order=2 is for events of up to {_SMALL_EVENT} elements, but got {input_dim}.")
 
     # ------------------------------------------------------------------ the contraction
 
@@ -175,7 +179,7 @@ class ContractiveResidual(ContextLayer):
             value = call_network(self.net, flat, owner="ContractiveResidual")
             if value.shape == flat.shape:
                 value = value.reshape(x.shape)
-        if value.shape != x.shape:  # one that broadcasts would be no contraction
+        if value.shape != x.shape:  # a result that broadcasts would not come from a contraction
             raise ValueError(
                 f"ContractiveResidual: the network must return the shape of its input, but for {tuple(x.shape)} it "
                 f"returned {tuple(value.shape)}."
@@ -189,7 +193,7 @@ class ContractiveResidual(ContextLayer):
         return (context.clone() if context.is_inference() else context,)
 
     def _expand(self, value: Tensor) -> Tensor:
-        """Give a value the batch dimensions of the context."""
+        """Expand a value to the batch dimensions of the context."""
         if not self.batch_shape:
             return value
         batch = torch.broadcast_shapes(value.shape[: self.dim], self.batch_shape)
@@ -227,7 +231,7 @@ class ContractiveResidual(ContextLayer):
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[None, Any]]:
         with held_weights() as store:
             if torch.compiler.is_compiling():
-                # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that imports the compiler.
+                # Compiling breaks the graph here (fullgraph=True raises). Not a decorator, which imports the compiler.
                 return torch.compiler.disable(self._solve_and_attach)(y, store), (None, store)
             return self._solve_and_attach(y, store), (None, store)
 
@@ -237,7 +241,7 @@ class ContractiveResidual(ContextLayer):
         small = y.shape[self.dim :].numel() <= _SMALL_EVENT
         if self.order == 2 and not small:
             raise ValueError(
-                f"ContractiveResidual: order=2 serves events of up to {_SMALL_EVENT} elements, but got "
+                f"ContractiveResidual: order=2 is for events of up to {_SMALL_EVENT} elements, but got "
                 f"{tuple(y.shape[self.dim :])}."
             )
         context = self._context(y)
@@ -247,7 +251,7 @@ class ContractiveResidual(ContextLayer):
             x = self._solve(y, context, small, closed)
 
         def residual(x: Tensor) -> Tensor:
-            with held_weights(store):  # the backward pass comes later
+            with held_weights(store):  # entered again, because the backward pass runs later
                 return self._residual(x, y, *context)
 
         def jacobian(x: Tensor) -> Tensor:
@@ -268,13 +272,13 @@ class ContractiveResidual(ContextLayer):
         return x + self._call_net(x, *context) - y
 
     def _jacobian(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Return dy/dx of a network in closed form, ``(*B, D, D)``."""
+        """Return dy/dx in closed form, ``(*B, D, D)``."""
         product = self.net.linearise(x, *context).jacobian()  # type: ignore[operator]
         return product + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
 
     def _solve(self, y: Tensor, context: tuple[Tensor, ...], small: bool, closed: bool) -> Tensor:
         settings = self.solvers[0 if small else 1]
-        own_bound = None  # Newton's
+        own_bound = None  # that of Newton's method
         if isinstance(settings, Anderson):
             own_bound = _ANDERSON_STEPS
         elif isinstance(settings, FixedPoint):
@@ -282,7 +286,7 @@ class ContractiveResidual(ContextLayer):
         solver = replace(settings, max_steps=settings.bound(own_bound))
         start = torch.where(y.isfinite(), y, 0)
         args = (y, *context)
-        # rounding is that of the terms: |g| may exceed |y|
+        # rounding errors scale with the terms, and |g| may exceed |y|
         how: dict[str, Any] = {"event_dim": -self.dim, "scale": y.abs() + self._call_net(start, *context).abs()}
         if closed and isinstance(solver, Newton):
 
@@ -318,17 +322,17 @@ def contractive_residual(
     max_steps: int | None = None,
     on_failure: str | None = None,
 ) -> ContractiveResidual:
-    """Build a :class:`ContractiveResidual` with its network, starting at the identity.
+    """Build a :class:`ContractiveResidual` and its network; it is initially the identity.
 
     Args:
-        input_dim: D, or the channels of images.
-        hidden_dims: Hidden widths (channels) of the network; default (64, 64), or (32, 32) channels.
+        input_dim: Size D of an event along ``dim``: of a vector, or the channels of images.
+        hidden_dims: Widths of the network's hidden layers; default (64, 64), for images (32, 32) channels.
         dim: -1 builds a :class:`~pyro_invflows.networks.ContractiveMLP`, -3 a convolutional contraction.
         lipschitz: Bound on the network's Lipschitz constant, strictly between 0 and 1.
         activation: Constructor of the activations.
-        context_dim: Width of the context, which shifts the biases; vectors only.
-        context_hidden_dims: Hidden widths of the network that reads the context.
-        log_det: As in the class; the default is exact, also for images, whose size it limits.
+        context_dim: Width of the context, which shifts the biases; for vectors only.
+        context_hidden_dims: Widths of the hidden layers of the network that reads the context.
+        log_det: As in the class; the default is exact, also for images, which limits their size.
         order: As in the class.
         solver: As in the class.
         atol: As in the class.
@@ -338,7 +342,7 @@ def contractive_residual(
 
     Raises:
         ValueError: if ``lipschitz`` is out of range, the activation is steeper than 1, ``dim`` is neither -1 nor -3, or
-            images come with a context.
+            ``context_dim`` is given for images.
     """
     input_dim = positive_int(input_dim, "input_dim", "contractive_residual")
     net: nn.Module

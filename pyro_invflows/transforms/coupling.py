@@ -1,4 +1,4 @@
-r"""Affine couplings: part of the input decides how the rest is scaled and shifted.
+r"""Affine couplings: part of the input determines how the rest is scaled and shifted.
 
 Dinh et al. (2015), *NICE*, for the additive form and Dinh et al. (2017), *Density estimation using Real NVP*,
 Eqs. 7 and 8, for the affine one.
@@ -23,43 +23,52 @@ __all__ = ["AffineCoupling", "affine_coupling", "conditional_affine_coupling"]
 
 
 class AffineCoupling(ContextLayer):
-    r"""Scales and shifts part of the input by what a network makes of the other part.
+    r"""Scales and shifts part of the input by the output of a network that reads the other part.
 
     .. math:: y_1 = x_1, \qquad y_2 = x_2 \odot e^{s(x_1)} + t(x_1),
 
-    with the log-scale :math:`s = m \tanh(\tilde s / m)` of the network's output :math:`(\tilde s, t)`. Invertible
-    for any network, because x_1 is passed on unchanged. Choose it as the workhorse of a flow, with
-    :class:`~pyro_invflows.Permute` or :class:`~pyro_invflows.Orthogonal` between two of them.
+    where the network returns :math:`(\tilde s, t)`, and the log-scale is :math:`s = m \tanh(\tilde s / m)`. Invertible
+    for any network, because x_1 is passed on unchanged. Choose it as the main layer of a flow, with a
+    :class:`~pyro_invflows.Permute` or :class:`~pyro_invflows.Orthogonal` layer between two couplings.
 
-    **Forward**, **Inverse**: one evaluation of the network; derivatives of every order that the network has.
-    **Log-det**: :math:`\sum s`, from the same evaluation. **Identity**: where the network's output is zero, as at
-    the start of :func:`affine_coupling`.
+    **Forward**, **Inverse**: one evaluation of the network; derivatives of all orders that the network has.
+    **Log-det**: :math:`\sum s`, from the same evaluation. **Identity**: if the network's output is zero, as in a layer
+    newly built by :func:`affine_coupling`.
 
     Args:
-        split_dim: Number of elements (channels) x_1 that decide; 0 is allowed.
-        hypernet: Network from x_1 (with the context behind it) to ``2 (D - split_dim)`` elements, the raw log-scale
-            first, or to ``D - split_dim`` where ``scale=None``. It receives vectors ``(*B, split_dim)`` or, for
-            other ``dim``, one flat batch ``(N, split_dim, *spatial)``. ``None`` with ``split_dim=0`` learns
-            constants instead, and needs ``input_dim``. It must not write to its input; one that begins with a module
-            with ``inplace=True`` receives a copy.
-        dim: Axis that is split; -1 for vectors, -3 for the channels of images.
-        keep: ``"first"`` lets the leading elements decide, ``"last"`` the trailing ones: alternate the two, and no
-            permutation is needed between couplings.
-        scale: ``"tanh"`` bounds the log-scale smoothly on both sides; ``None`` is additive, volume preserving.
-        context_dim: Width of the context that the network also takes (see
-            :class:`~pyro_invflows.Conditional`); while not conditioned, the context is zero.
-        max_log_scale: The bound m.
-        input_dim: D, where it should be checked; needed for constants.
+        split_dim: Number of elements (channels) of x_1; 0 is allowed.
+        hypernet: Network from x_1 (followed by the context) to ``2 (D - split_dim)`` elements, the raw log-scales
+            first, or to ``D - split_dim`` elements if ``scale=None``. It receives vectors ``(*B, split_dim)`` or, for
+            another ``dim``, one flat batch ``(N, split_dim, *spatial)``. With ``None``, constants are learned instead;
+            this needs ``split_dim=0`` and ``input_dim``. The network must not write to its input; one that begins with
+            a module with ``inplace=True`` receives a copy.
+        dim: Axis that is split: -1 for vectors, -3 for the channels of images.
+        keep: ``"first"`` if x_1 holds the leading elements, ``"last"`` if it holds the trailing ones. If you alternate
+            the two, no permutation is needed between couplings.
+        scale: ``"tanh"`` bounds the log-scale smoothly on both sides; with ``None`` the layer only shifts, and
+            preserves volume.
+        context_dim: Width of the context that the network also takes (see :class:`~pyro_invflows.Conditional`); while
+            the layer is not conditioned, the network receives zeros instead.
+        max_log_scale: Bound m on the log-scale.
+        input_dim: Size D of an event along ``dim``, if it is to be checked; needed for constants.
+
+    Attributes:
+        hypernet: The network, with its parameters; None if constants are learned.
+        constants: The raw log-scales, then the shifts, a parameter ``(2 D,)``, or ``(D,)`` if ``scale=None``; only
+            without a network.
+        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
 
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, whatever the network does to pixels.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``, where the network may mix pixels;
+        log-det ``(*B,)``.
 
     Raises:
-        ValueError: if ``split_dim`` leaves nothing to transform, or if the network's output has another size or the
-            network writes to its input.
+        TypeError: if the network is not a module.
+        ValueError: if ``split_dim`` leaves nothing to transform; if the network's output has the wrong shape, or the
+            network writes to its input; if another argument is out of range.
 
-    Differs from Pyro's ``AffineCoupling``: the bound on the scale is smooth, images reach the network as images, and
-    a one-dimensional event is legal.
+    Differs from Pyro's ``AffineCoupling``: the bound on the log-scale is smooth, images reach the network as images,
+    and a one-dimensional event is allowed.
 
     References:
         Dinh et al. (2017), *Density estimation using Real NVP*, Eqs. 7-8; the bound after Ardizzone et al. (2019),
@@ -97,8 +106,8 @@ class AffineCoupling(ContextLayer):
             raise ValueError(f"AffineCoupling: scale must be 'tanh' or None, but got {scale!r}.")
         if not (hypernet is None or isinstance(hypernet, nn.Module)):
             raise TypeError(
-                f"AffineCoupling: hypernet must be a module, so that its parameters are the layer's, but got "
-                f"{type(hypernet).__name__}; wrap a function in a module that owns what it uses."
+                f"AffineCoupling: hypernet must be a module, so that the layer owns its parameters, but got "
+                f"{type(hypernet).__name__}. Wrap a function in a module that holds the parameters it uses."
             )
         if not max_log_scale > 0:
             raise ValueError(f"AffineCoupling: max_log_scale must be positive, but got {max_log_scale!r}.")
@@ -118,7 +127,7 @@ class AffineCoupling(ContextLayer):
             nn.init.zeros_(self.constants)
 
     def reset_parameters(self) -> None:
-        """Restore the network's start, where its modules know how; constants become 0: the identity."""
+        """Reset the network, if its modules have ``reset_parameters``; set constants to 0."""
         super().reset_parameters()
         if self.hypernet is None:
             nn.init.zeros_(self.constants)
@@ -143,11 +152,11 @@ class AffineCoupling(ContextLayer):
         batch, spatial = x1.shape[: self.dim], x1.shape[x1.dim() + self.dim + 1 :]
         if self.dim == -1:
             raw = call_network(self.hypernet, x1, owner="AffineCoupling")
-        else:  # a convolution takes one batch dimension, ours are any number
+        else:  # a convolution takes exactly one batch dimension
             flat = x1.reshape(batch.numel(), *x1.shape[self.dim :])
             raw = call_network(self.hypernet, flat, owner="AffineCoupling")
             raw = raw.reshape(*batch, *raw.shape[1:])
-        if raw.shape != (*batch, wanted, *spatial):  # one that broadcasts would make the log-det wrong
+        if raw.shape != (*batch, wanted, *spatial):  # with a shape that broadcasts, the log-det would be wrong
             raise ValueError(
                 f"AffineCoupling: for an input of shape {tuple(x1.shape)} the network must return the shape "
                 f"{(*batch, wanted, *spatial)} ({'shifts' if self.scale is None else 'log-scales, then shifts'}), but "
@@ -179,7 +188,7 @@ class AffineCoupling(ContextLayer):
         return self._join(y1, x2), log_scale
 
     def _halves(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what decides and what is transformed."""
+        """Split a value into the part that is kept and the part that is changed."""
         rest = value.shape[self.dim] - self.split_dim
         if self.keep == "first":
             kept, changed = value.split_with_sizes((self.split_dim, rest), dim=self.dim)
@@ -228,18 +237,18 @@ def affine_coupling(
     max_log_scale: float = 2.0,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> AffineCoupling:
-    """Build an :class:`AffineCoupling` with its network, starting at the identity.
+    """Build an :class:`AffineCoupling` and its network; it is initially the identity.
 
     Args:
-        input_dim: D, the number of elements (channels) along ``dim``.
-        hidden_dims: Hidden widths (channels) of the network; default two of ``min(10 * input_dim, 256)``.
-        split_dim: Default ``input_dim // 2``.
-        dim: -1 builds a dense network, -2, -3 and -4 a convolutional one with 1, 2 or 3 spatial dimensions.
+        input_dim: Size D of an event along ``dim``.
+        hidden_dims: Widths (channels) of the network's hidden layers; by default two of ``min(10 * input_dim, 256)``.
+        split_dim: As in the class; default ``input_dim // 2``.
+        dim: -1 builds a dense network; -2, -3 and -4 a convolutional one with 1, 2 or 3 spatial dimensions.
         keep: As in the class.
         scale: As in the class.
         context_dim: As in the class.
         max_log_scale: As in the class.
-        activation: Constructor of the network's activation.
+        activation: Constructor of the network's activations.
 
     Raises:
         ValueError: if ``split_dim`` leaves nothing to transform.

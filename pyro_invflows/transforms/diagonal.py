@@ -1,4 +1,4 @@
-"""Shifts and scales of single elements. With ``dim=-3`` they act on the channels of every pixel."""
+"""Layers that shift and scale each element. With ``dim=-3`` they act on the channels of each pixel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["Diagonal", "Shift", "conditional_diagonal", "conditional_shift", "di
 
 
 def _along(parameter: Tensor, dim: int) -> Tensor:
-    """Line a parameter ``(*B, D)`` up with axis ``dim`` of an input: ``(*B, D, 1, 1)`` for -3."""
+    """Align a parameter ``(*B, D)`` with axis ``dim`` of an input: ``(*B, D, 1, 1)`` for -3."""
     return parameter if dim == -1 else parameter.reshape(parameter.shape + (1,) * (-dim - 1))
 
 
 def _sum_log_scale(layer: Bijection, log_scale: Tensor, x: Tensor) -> Tensor:
-    """Return the log-det of scaling by ``exp(log_scale)`` (*B, D) at every pixel."""
+    """Return the log-det of scaling each pixel by ``exp(log_scale)`` (*B, D)."""
     pixels = x.shape[x.dim() + layer.dim + 1 :].numel()
     return (log_scale.sum(-1) * pixels).expand(layer.log_det_shape(x))
 
@@ -31,17 +31,21 @@ class Shift(VolumePreserving):
 
     Invertible for every b. Choose it as the bias of layers that have none.
 
-    **Forward**, **Inverse**: O(D). **Log-det**: 0. **Identity**: the start, exactly (b = 0).
+    **Forward**, **Inverse**: O(D). **Log-det**: 0. **Identity**: exactly, at initialisation (b = 0).
 
     Args:
-        input_dim: D.
-        dim: Axis of the D elements.
+        input_dim: Size D of an event along ``dim``.
+        dim: Axis of the D elements: -1 for vectors, -3 for the channels of images.
+
+    Attributes:
+        bias: b, a parameter ``(D,)``.
 
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``, where every pixel is shifted by the
+        same vector; log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
+        ValueError: if an event does not have the size D along ``dim``.
 
     Example:
         >>> layer = Shift(3)
@@ -59,7 +63,7 @@ class Shift(VolumePreserving):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set b = 0: the identity."""
+        """Set b = 0, so that the layer is the identity."""
         nn.init.zeros_(self.bias)
 
     def _function(self, x: Tensor) -> Tensor:
@@ -74,22 +78,28 @@ class Diagonal(Bijection):
 
     .. math:: y = s \odot x + b, \qquad s = \pm e^{\lambda}.
 
-    Invertible because the size of s is learned through its logarithm; its signs are fixed. Choose it to set
-    location and scale, for example first or last in a flow.
+    Invertible because the logarithm of \|s\| is learned, and its signs are fixed. Choose it to set location and
+    scale, for example as the first or last layer of a flow.
 
-    **Forward**, **Inverse**: O(D), no division. **Log-det**: :math:`\sum_i \lambda_i`, once a pixel.
-    **Identity**: the start, exactly (:math:`\lambda = 0, b = 0`).
+    **Forward**, **Inverse**: O(D), without a division. **Log-det**: :math:`\sum_i \lambda_i`, times the number of
+    pixels of an image. **Identity**: exactly, at initialisation (:math:`\lambda = 0, b = 0`).
 
     Args:
-        input_dim: D.
-        bias: Whether b is learned.
-        dim: Axis of the D elements.
+        input_dim: Size D of an event along ``dim``.
+        bias: Whether to learn b.
+        dim: Axis of the D elements: -1 for vectors, -3 for the channels of images.
+
+    Attributes:
+        log_scale: :math:`\lambda`, a parameter ``(D,)``.
+        bias: b, a parameter ``(D,)``; None without a bias.
+        sign_of_scale: The signs of s, a buffer ``(D,)`` of 1 and -1; not learned.
 
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``, where every pixel is treated alike;
+        log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
+        ValueError: if an event does not have the size D along ``dim``.
 
     Example:
         >>> layer = Diagonal(3)
@@ -110,7 +120,7 @@ class Diagonal(Bijection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set s = 1 and b = 0: the identity."""
+        """Set s = 1 and b = 0, so that the layer is the identity."""
         nn.init.zeros_(self.log_scale)
         nn.init.ones_(self.sign_of_scale)
         if self.bias is not None:
@@ -121,16 +131,19 @@ class Diagonal(Bijection):
         """Build the layer whose scale is the diagonal of ``matrix`` (D, D), negative entries included.
 
         Raises:
-            ValueError: if the matrix is not diagonal or has a zero on its diagonal.
+            TypeError: if the matrix is not a floating point tensor.
+            ValueError: if the matrix is not diagonal, not finite, or has a zero on its diagonal.
         """
         floating_tensor(matrix, "matrix", "Diagonal.from_matrix")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"Diagonal.from_matrix needs a (D, D) matrix, but got the shape {tuple(matrix.shape)}.")
+            raise ValueError(
+                f"Diagonal.from_matrix: the matrix must have the shape (D, D), but got {tuple(matrix.shape)}."
+            )
         scale = matrix.detach().diagonal()
         if not torch.equal(torch.diag(scale), matrix.detach()) or not scale.isfinite().all() or (scale == 0).any():
             raise ValueError(
-                "Diagonal.from_matrix needs a finite diagonal matrix without zeros on its diagonal; "
-                "SVDLinear.from_matrix takes any invertible one."
+                "Diagonal.from_matrix: expected a finite diagonal matrix without zeros on its diagonal. For any other "
+                "invertible matrix use SVDLinear.from_matrix."
             )
         layer = cls(len(scale), bias=bias, dim=dim).to(matrix)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-r"""Generalized Sylvester layers: an autoregressive network in rotated coordinates, with an inverse.
+r"""Generalized Sylvester layers: an autoregressive network in rotated coordinates, and its inverse.
 
 Hoogeboom et al. (2020), *The convolution exponential and generalized Sylvester flows*.
 """
@@ -33,7 +33,7 @@ from pyro_invflows.support.precision import at_least_single, full_precision
 
 __all__ = ["GeneralizedSylvester", "conditional_generalized_sylvester", "generalized_sylvester"]
 
-#: Bounds on |log a| and |log d| in the generalized layer; smooth, as in a coupling.
+#: Smooth bounds on |log a| and |log d|, as in a coupling.
 _LARGEST_LOG_A, _LARGEST_LOG_D = 2.0, 3.0
 
 
@@ -42,43 +42,54 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
 
     .. math:: y = x + W^T f(W x), \qquad f_i(v) = \frac{d_i - 1}{a_i} \tanh(a_i v_i + t_i) + u_i,
 
-    with W orthogonal and :math:`a_i, d_i > 0`, t_i and u_i functions of the coordinates of v before i (and of a
-    context) by a masked network; log a and log d are bounded smoothly, by 2 and 3. Invertible because the Jacobian of
-    :math:`v + f(v)` is triangular with the diagonal :math:`1 + (d_i - 1) \tanh' > 0`. Choose it where
-    :class:`Sylvester` is not flexible enough.
+    where W is orthogonal, and a masked network computes :math:`a_i, d_i > 0`, :math:`t_i` and :math:`u_i` from the
+    coordinates of v before i (and from a context). Smooth bounds keep :math:`|\log a_i| < 2` and
+    :math:`|\log d_i| < 3`. Invertible because the Jacobian of :math:`v + f(v)` is triangular with the diagonal
+    :math:`1 + (d_i - 1) \tanh' > 0`. Choose it where :class:`Sylvester` is not flexible enough.
 
-    **Forward**: one evaluation of the network and two rotations by compact WY. **Inverse**: sweeps; each evaluates
-    the network and solves every coordinate exactly. They end after at most D, in practice far fewer; a row leaves when
-    it is done. First derivatives in reverse mode by the implicit function theorem (second ones raise
-    ``NotImplementedError``); with ``order=2``, under ``torch.func`` and while compiling, D sweeps with a graph, with
-    derivatives of every order. With large weights in the network x is ill-conditioned: then y is met to the tolerance,
-    x is not. **Log-det**: :math:`\sum_i \log(\tanh^2 + d_i (1 - \tanh^2))`, O(D) more, exact.
-    **Identity**: the start, exactly; W is drawn from torch's generator.
+    **Forward**: one evaluation of the network, and two rotations in compact WY form. **Inverse**: sweeps, each of which
+    evaluates the network and solves for every coordinate exactly. At most D are needed, in practice far fewer; a row
+    that has converged is left out of the next. First derivatives in reverse mode, by the implicit function theorem
+    (second derivatives raise ``NotImplementedError``); with ``order=2``, under ``torch.func`` and while compiling, D
+    differentiable sweeps instead, with derivatives of all orders. If the network has large weights, x is
+    ill-conditioned: y is reproduced to the tolerance; x may not be. **Log-det**:
+    :math:`\sum_i \log(\tanh^2 + d_i (1 - \tanh^2))`, O(D) more. **Identity**: exactly, at initialisation; W is drawn
+    with torch's global generator.
 
     Args:
-        input_dim: D.
-        hidden_dims: Hidden widths of the network; default two of ``min(max(64, 3 D), 256)``.
-        num_reflections: Householder reflections in W; default as in :class:`~pyro_invflows.Orthogonal`.
+        input_dim: Size D of an event.
+        hidden_dims: Widths of the network's hidden layers; by default two of ``min(max(64, 3 D), 256)``.
+        num_reflections: Number k of Householder reflections in W; the default is that of
+            :class:`~pyro_invflows.Orthogonal`.
         context_dim: Width of the context that the network also takes (see :class:`~pyro_invflows.Conditional`); while
-            not conditioned, the context is zero.
-        activation: Constructor of the network's activation.
-        order: Highest order of derivatives of the inverse, 1 or 2; 2 takes D sweeps with a graph.
-        solver: Tolerances, the bound on the sweeps (D), and what happens on failure; default ``solvers.Sweeps()``.
-        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+            the layer is not conditioned, the network receives zeros instead.
+        activation: Constructor of the network's activations.
+        order: Highest order of derivatives of the inverse, 1 or 2; with 2, the inverse takes D differentiable sweeps.
+        solver: Tolerances, the maximum number of sweeps (D by default), and what happens on failure; default
+            ``solvers.Sweeps()``.
+        atol: Absolute tolerance, if no ``solver`` is given; see :class:`~pyro_invflows.solvers.Settings`.
         rtol: Relative tolerance, likewise.
-        max_steps: Bound on the steps, likewise.
+        max_steps: Maximum number of sweeps, likewise.
         on_failure: What happens to rows that did not converge, likewise.
 
+    Attributes:
+        vectors: Reflection vectors of W as rows, a parameter ``(k, D)``.
+        hypernet: The masked network, from ``(*B, D + context_dim)`` to log a, log d, t and u before the bounds,
+            ``(*B, 4 D)``; its last layer starts at zero.
+        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
+        triangle: Constant mask, a buffer; not part of the ``state_dict``.
+
     Shape:
-        ``(*B, D) -> (*B, D)``.
+        ``(*B, D) -> (*B, D)``; log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
-        ConvergenceError: in the inverse, where rounding keeps a row above the tolerance. A y that is not finite gives
+        ValueError: if an event does not have the size D, or ``order`` is neither 1 nor 2.
+        ConvergenceError: in the inverse, if rounding keeps a row above the tolerance. A y that is not finite gives
             NaN.
 
     References:
-        Hoogeboom et al. (2020), Eqs. 9-11, with :math:`\gamma s_1 s_2 = d - 1` in (-0.95, 19) for their (-1, 1).
+        Hoogeboom et al. (2020), Eqs. 9-11, where :math:`\gamma s_1 s_2 = d - 1` lies in (-1, 1); here it lies in
+        (-0.95, 19).
 
     Example:
         >>> layer = GeneralizedSylvester(3)
@@ -129,7 +140,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         return {"triangle": linalg.triangle_mask(self.num_reflections, like)}
 
     def reset_parameters(self) -> None:
-        """Restore the network's start, the identity; draw W."""
+        """Reset the network, so that the layer is the identity; draw W."""
         super().reset_parameters()
         self._draw_reflections()
 
@@ -138,7 +149,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         nn.init.normal_(self.vectors, std=self.input_dim**-0.5)
 
     def _coefficients(self, v: Tensor, *context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return log a, d, t and u at v, each (*batch, D); the context of some rows may be given."""
+        """Return log a, d, t and u at v, each (*batch, D); if v holds only some of the rows, pass their context."""
         v = torch.cat([v, *context], dim=-1) if context else self.with_context(v)
         log_a, log_d, t, u = call_network(self.hypernet, v, owner="GeneralizedSylvester").chunk(4, dim=-1)
         log_a = _LARGEST_LOG_A * torch.tanh(log_a / _LARGEST_LOG_A)
@@ -146,7 +157,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
 
     @staticmethod
     def _push(v: Tensor, log_a: Tensor, d: Tensor, t: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f(v) and the tanh in it."""
+        """Return f(v), and the value of the tanh in it."""
         h = torch.tanh(log_a.exp() * v + t)
         return (d - 1) * (-log_a).exp() * h + u, h
 
@@ -156,7 +167,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
 
     @staticmethod
     def _target(z: Tensor, log_a: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Return c of the scalar equations ``q + (d - 1) tanh q = c`` with ``q = a v + t``."""
+        """Return the right-hand sides c of the scalar equations ``q + (d - 1) tanh q = c``, where ``q = a v + t``."""
         return log_a.exp() * (z - u) + t
 
     def _rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
@@ -195,7 +206,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         return y - self._rotate(push), (h, coefficients[1])
 
     def _solve(self, z: Tensor) -> Tensor:
-        """Sweep until every row meets its tolerance, relative to the size of the terms of f."""
+        """Sweep until every row meets the tolerance, relative to the size of the terms of f."""
         arguments: tuple[Tensor, ...] = (z, self.context_of(z)) if self.context_dim else (z,)
 
         def relative(v: Tensor, z: Tensor, state: tuple[Tensor, ...]) -> Tensor:
@@ -209,7 +220,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
             z, *context = arguments
             log_a, d, t, u = state
             v = self._pull(solve_tanh(self._target(z, log_a, t, u), d).value, log_a, t)
-            state = self._coefficients(v, *context)  # at the new point: the next sweep needs no other evaluation
+            state = self._coefficients(v, *context)  # at the new point; the next sweep uses them again
             return v, relative(v, z, state), state
 
         state = self._coefficients(z, *arguments[1:])
@@ -217,7 +228,7 @@ class GeneralizedSylvester(HoldsConstants, ContextLayer):
         return finish(solution, "GeneralizedSylvester", self.solver, given=z)
 
     def _sweep_with_graph(self, z: Tensor) -> Tensor:
-        """Take all D sweeps: exact, and so are their derivatives."""
+        """Take all D sweeps, which gives the exact solution with exact derivatives."""
         v = z
         for _ in range(self.input_dim):
             log_a, d, t, u = self._coefficients(v)
@@ -247,7 +258,7 @@ def generalized_sylvester(
     max_steps: int | None = None,
     on_failure: str | None = None,
 ) -> GeneralizedSylvester:
-    """Build a :class:`GeneralizedSylvester`; keywords as in the class."""
+    """Build a :class:`GeneralizedSylvester`; the arguments are those of the class."""
     return GeneralizedSylvester(
         input_dim,
         hidden_dims,

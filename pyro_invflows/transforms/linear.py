@@ -1,8 +1,8 @@
-r"""Dense linear layers whose inverse costs what the forward costs: orthogonal and SVD.
+r"""Dense linear layers whose inverse costs as much as the forward pass: orthogonal and SVD.
 
 Orthogonal factors are products of Householder reflections in compact WY form
 (:mod:`pyro_invflows.linalg.householder`), after Tomczak and Welling (2016) and Mhammedi et al. (2017). With
-``dim=-3`` the same layers act on the channels of every pixel: invertible 1 x 1 convolutions.
+``dim=-3`` the same layers act on the channels of each pixel, as invertible 1 x 1 convolutions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Orthogonal", "SVDLinear", "conditional_orthogonal", "conditional_svd
 
 
 class _Reflecting(HoldsConstants, Bijection):
-    """Shared by the layers with Householder factors; each holds ``num_reflections`` rows."""
+    """Base class of layers with Householder factors, each of ``num_reflections`` rows."""
 
     input_dim: int
     triangle: Tensor
@@ -35,18 +35,18 @@ class _Reflecting(HoldsConstants, Bijection):
         super().__init__(input_dim, dim=dim, cache_size=cache_size)
         input_dim = self.input_dim
         if num_reflections is None:
-            num_reflections = input_dim - input_dim % 2  # enough for every rotation, and it can start at the identity
+            num_reflections = input_dim - input_dim % 2  # enough for every rotation; even, to start at the identity
         self.num_reflections = positive_int(num_reflections, "num_reflections", type(self).__name__, minimum=0)
 
     def _constants(self, like: Tensor) -> dict[str, Tensor]:
-        # not made at each call: that costs as much as a small product
+        # built once, because building it in each call would cost as much as a small product
         return {"triangle": linalg.triangle_mask(self.num_reflections, like)}
 
     def _new_vectors(self) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.num_reflections, self.input_dim))
 
     def _matrix(self, images_of_rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the matrix of a linear map from the images of the unit vectors."""
+        """Return the matrix of a linear map, given as a function from rows to their images."""
         compute_tensors(self)
         return images_of_rows(torch.eye(self.input_dim, dtype=self.triangle.dtype, device=self.triangle.device)).mT
 
@@ -58,7 +58,7 @@ class _Reflecting(HoldsConstants, Bijection):
     def _reflect(self, vectors: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
         if self.dim == -1:
             return linalg.householder_product(vectors, x, mask=self.triangle, transpose=transpose)
-        if vectors.dim() > 2:  # conditioned: the pixels stand between the batch and the channels
+        if vectors.dim() > 2:  # conditioned: insert the pixels between the batch and the channels
             for _ in range(-self.dim - 1):
                 vectors = vectors.unsqueeze(-3)
         x = x.movedim(self.dim, -1)
@@ -70,27 +70,35 @@ class Orthogonal(_Reflecting, VolumePreserving):
 
     .. math:: y = H_1 H_2 \cdots H_k x + b, \qquad H_i = I - 2 u_i u_i^T / |u_i|^2.
 
-    Invertible because a product of reflections is orthogonal, whatever the u_i; a zero u_i counts as the identity.
+    Invertible because a product of reflections is orthogonal for all u_i; for a zero u_i, H_i is the identity.
     Choose it to mix elements between couplings without changing volume.
 
-    **Forward**, **Inverse**: compact WY, O(k D) a point after O(k D min(k, 128)) once; derivatives of every order
-    where no u_i is zero (a zero row stays zero under gradient descent). **Log-det**: 0. **Identity**: the start, to
-    rounding: random rows in equal pairs, drawn from torch's generator (for odd k one zero row).
+    **Forward**, **Inverse**: compact WY form, O(k D) per point after O(k D min(k, 128)) once; derivatives of all
+    orders unless some u_i is zero (a zero row stays zero under gradient descent). **Log-det**: 0.
+    **Identity**: up to rounding error, at initialisation: random rows, drawn with torch's global generator, in pairs of
+    equal ones (and, for odd k, one zero row).
 
     Args:
-        input_dim: D.
-        num_reflections: k. The determinant is (-1)^k while no row is zero. The default, D or D - 1, whichever is
-            even, reaches every rotation.
-        bias: Whether b is learned.
-        dim: Axis of the D elements; ``dim=-3`` is an orthogonal 1 x 1 convolution.
+        input_dim: Size D of an event along ``dim``.
+        num_reflections: Number k of reflections. The determinant is (-1)^k if no row is zero. The default, D or D - 1,
+            whichever is even, is enough for every rotation.
+        bias: Whether to learn b.
+        dim: Axis of the D elements: -1 for vectors, -3 for an orthogonal 1 x 1 convolution.
+
+    Attributes:
+        vectors: The u_i as rows, a parameter ``(k, D)``; any values are legal.
+        bias: b, a parameter ``(D,)``; None without a bias.
+        triangle: Constant mask, a buffer; not part of the ``state_dict``.
 
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``, where every pixel is treated alike;
+        log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
+        ValueError: if an event does not have the size D along ``dim``.
 
-    Differs from Pyro's ``Householder``: one triangular solve instead of a loop over reflections, any batch, images.
+    Differs from Pyro's ``Householder``: it solves one triangular system instead of looping over the reflections, and
+    takes any batch shape and images.
 
     References:
         Tomczak and Welling (2016), *Improving variational auto-encoders using Householder flow*, Eq. 7;
@@ -120,7 +128,7 @@ class Orthogonal(_Reflecting, VolumePreserving):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a start whose product is the identity; b = 0."""
+        """Draw reflections whose product is the identity; set b = 0."""
         self.fill_constants()
         linalg.identity_reflections(self.vectors)
         if self.bias is not None:
@@ -128,9 +136,10 @@ class Orthogonal(_Reflecting, VolumePreserving):
 
     @classmethod
     def from_matrix(cls, matrix: Tensor, *, bias: bool = False, dim: int = -1) -> Orthogonal:
-        """Build the layer with ``layer.matrix == matrix`` for any orthogonal (D, D) matrix, of either determinant.
+        """Build the layer with ``layer.matrix == matrix`` for any orthogonal (D, D) matrix, with determinant 1 or -1.
 
         Raises:
+            TypeError: if the matrix is not a floating point tensor.
             ValueError: if the matrix is not orthogonal.
         """
         vectors = linalg.householder_vectors(floating_tensor(matrix, "matrix", "Orthogonal.from_matrix"))
@@ -161,27 +170,35 @@ class SVDLinear(_Reflecting):
 
     .. math:: y = U \mathrm{diag}(s) V^T x + b, \qquad s = e^{\lambda},
 
-    with U and V products of Householder reflections. Invertible because both factors are orthogonal and s is
-    positive. Choose it where a full linear layer is wanted: both directions cost the same and nothing is solved.
-    Its singular values can be read, regularised or frozen; without need of them, :class:`~pyro_invflows.LULinear` is
+    where U and V are products of Householder reflections. Invertible because both factors are orthogonal and s is
+    positive. Choose it for a full linear layer whose singular values you want to read, regularise or freeze; both
+    directions cost the same, and no matrix is factorised. If you do not need them, :class:`~pyro_invflows.LULinear` is
     two to three times as fast.
 
-    **Forward**, **Inverse**: twice the cost of :class:`Orthogonal`. **Log-det**: :math:`\sum_i \lambda_i`, once a
-    pixel. **Identity**: the start, to rounding.
+    **Forward**, **Inverse**: twice the cost of :class:`Orthogonal`. **Log-det**: :math:`\sum_i \lambda_i`, times the
+    number of pixels of an image. **Identity**: up to rounding error, at initialisation.
 
     Args:
-        input_dim: D.
-        num_reflections: Reflections in each of U and V; default as in :class:`Orthogonal`.
-        bias: Whether b is learned.
-        dim: Axis of the D elements; ``dim=-3`` is an invertible 1 x 1 convolution.
+        input_dim: Size D of an event along ``dim``.
+        num_reflections: Number k of reflections in each of U and V; the default is that of :class:`Orthogonal`.
+        bias: Whether to learn b.
+        dim: Axis of the D elements: -1 for vectors, -3 for an invertible 1 x 1 convolution.
+
+    Attributes:
+        left_vectors: Reflection vectors of U as rows, a parameter ``(k, D)``.
+        right_vectors: Reflection vectors of V as rows, a parameter ``(k, D)``.
+        log_scale: :math:`\lambda`, a parameter ``(D,)``.
+        bias: b, a parameter ``(D,)``; None without a bias.
+        triangle: Constant mask, a buffer; not part of the ``state_dict``.
 
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``, where every pixel is treated alike;
+        log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
+        ValueError: if an event does not have the size D along ``dim``.
 
-    Differs from Pyro's ``MatrixExponential``: no truncated series, and the log-det has the batch's shape.
+    Differs from Pyro's ``MatrixExponential``: it truncates no series, and the log-det has the batch shape.
 
     References:
         Zhang et al. (2018), *Stabilizing gradients for deep neural networks via efficient SVD parameterization*,
@@ -212,7 +229,7 @@ class SVDLinear(_Reflecting):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw factors whose products are the identity; s = 1, b = 0."""
+        """Draw U and V, each of which is initially the identity; set s = 1 and b = 0."""
         self.fill_constants()
         linalg.identity_reflections(self.left_vectors)
         linalg.identity_reflections(self.right_vectors)
@@ -225,6 +242,7 @@ class SVDLinear(_Reflecting):
         """Build the layer with ``layer.matrix == matrix`` for any invertible (D, D) matrix.
 
         Raises:
+            TypeError: if the matrix is not a floating point tensor.
             ValueError: if the matrix is not square, not finite or singular.
         """
         u, s, vh = torch.linalg.svd(invertible_matrix(matrix, "SVDLinear.from_matrix"))

@@ -1,8 +1,8 @@
 r"""Residual layers ``x + g(x)`` with a narrow contraction g, whose log-determinant and inverse are exact.
 
-Behrmann et al. (2019), *Invertible residual networks*. There the bound is an estimate, the log-determinant is sampled
-and the inverse stops early; here the bound is proved at every call, and determinant and inverse live in the few hidden
-dimensions.
+Behrmann et al. (2019), *Invertible residual networks*. There the Lipschitz bound is an estimate, the log-determinant is
+a random estimate, and the inverse stops early. Here the bound is guaranteed in every call, and both the log-determinant
+and the inverse are computed in the few hidden dimensions.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ FORMS = ("bottleneck", "sandwich")
 
 
 class _Network(NamedTuple):
-    """The contraction of a :class:`LowRankResidual`, its bound applied."""
+    """The contraction of a :class:`LowRankResidual`, scaled to meet its bound."""
 
-    weights: list[Tensor]  # into the hidden dimensions, perhaps within them, out of them
+    weights: list[Tensor]  # into the hidden dimensions, within them (sandwich only), and out of them
     biases: Sequence[Tensor | None]
-    norm: Tensor  # of the first matrix
+    norm: Tensor  # spectral norm of the first matrix
 
 
 #: A, s, B and t of :func:`~pyro_invflows.linalg.contraction_log_det`.
@@ -59,43 +59,57 @@ _Factors = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class LowRankResidual(Bijection):
-    r"""Moves points by a narrow network that is a contraction.
+    r"""Moves points by the output of a narrow network that is a contraction.
 
     .. math:: y = x + \phi(W_1 W_2 x + b) \quad \text{(bottleneck)}, \qquad
        y = x + W_3\, \phi(W_2\, \phi(W_1 x + b_1) + b_2) + b_3 \quad \text{(sandwich)},
 
-    with k hidden dimensions and the last matrix scaled by :math:`\min(1, c / \prod_i |W_i|)`, so that g has a Lipschitz
-    constant of at most c < 1 at any parameters. Invertible because x is the fixed point of the contraction :math:`y -
-    g(x)`. Choose it as the general-purpose layer where no coordinate is special: it needs no permutation and no split.
+    with k hidden dimensions. The last matrix is scaled by :math:`\min(1, c / \prod_i |W_i|)`, so that the residual
+    :math:`g(x) = y - x` has a Lipschitz constant of at most c < 1 for all parameters. Invertible because x is the fixed
+    point of the contraction :math:`x \mapsto y - g(x)`. Choose it as a general-purpose layer if no coordinate is
+    special: it needs no permutation and no split.
 
-    **Forward**: O(D k) a point, the norms O(k^2 D + k^3) once. **Inverse**: a root in k dimensions, :math:`s + W g(s)
-    = W y`, by Newton's method with its k x k matrix, finished by the fixed point, which the bound makes converge,
-    where that does not; implicit gradient, first order in reverse and forward mode (``NotImplementedError`` for second
-    derivatives); ``order=2`` for higher ones. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma,
-    O(D k^2) a point (bottleneck) or O(k^3) (sandwich). **Identity**: the start, exactly (the last matrix is zero); the
-    others are drawn from torch's generator.
+    **Forward**: O(D k) per point after O(k^2 D + k^3) once, for the norms. **Inverse**: a root in k dimensions,
+    :math:`s + W g(s) = W y` for :math:`s = W x`, where W is the first matrix, by Newton's method with k x k matrices.
+    Rows that it does not solve are finished by a fixed-point iteration, which converges because of the bound. Implicit
+    gradients, first order in reverse and forward mode (second derivatives raise ``NotImplementedError``); use
+    ``order=2`` for higher orders. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma, O(D k^2) per
+    point (bottleneck) or O(k^3) (sandwich). **Identity**: exactly, at initialisation (the last matrix is zero); the
+    other matrices are drawn with torch's global generator.
 
     Args:
-        input_dim: D.
-        hidden_dim: k; default ``floor(sqrt(D))``, and at least 1.
-        form: ``"bottleneck"`` or ``"sandwich"``; the latter costs less in many dimensions.
-        lipschitz: c, strictly between 0 and 1. The inverse stretches by at most 1 / (1 - c).
+        input_dim: Size D of an event.
+        hidden_dim: Number k of hidden dimensions; default ``floor(sqrt(D))``.
+        form: ``"bottleneck"`` or ``"sandwich"``; the latter is cheaper in many dimensions.
+        lipschitz: Bound c, strictly between 0 and 1. The inverse stretches distances by at most 1 / (1 - c).
         activation: Constructor of :math:`\phi`, elementwise with slopes of at most 1.
         order: Highest order of derivatives of the inverse, 1 or 2.
-        solver: Tolerances, and what happens on failure; default ``solvers.Newton()``. With ``max_steps`` given, there
-            is Newton's method alone: no cheaper steps before it, no fixed point behind it.
-        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        solver: Tolerances, and what happens on failure; default ``solvers.Newton()``. If ``max_steps`` is given,
+            Newton's method is used alone, without cheaper steps before it or a fixed-point iteration after it.
+        atol: Absolute tolerance, if no ``solver`` is given; see :class:`~pyro_invflows.solvers.Settings`.
         rtol: Relative tolerance, likewise.
-        max_steps: Bound on the steps, likewise.
+        max_steps: Maximum number of Newton steps, likewise.
         on_failure: What happens to rows that did not converge, likewise.
 
+    Attributes:
+        weight_in: First matrix, a parameter ``(k, D)``, unconstrained: :math:`W_2` (bottleneck) or :math:`W_1`
+            (sandwich).
+        weight_mid: :math:`W_2`, a parameter ``(k, k)``, unconstrained; sandwich only.
+        weight_out: Last matrix, a parameter ``(D, k)``, before it is scaled: :math:`W_1` (bottleneck) or :math:`W_3`
+            (sandwich).
+        bias_in: :math:`b_1`, a parameter ``(k,)``; sandwich only.
+        bias_mid: :math:`b_2`, a parameter ``(k,)``; sandwich only.
+        bias_out: b (bottleneck) or :math:`b_3` (sandwich), a parameter ``(D,)``.
+        activation: :math:`\phi`, with its parameters if it has any.
+
     Shape:
-        ``(*B, D) -> (*B, D)``. A context shifts the biases only, so that one bound serves every context.
+        ``(*B, D) -> (*B, D)``; log-det ``(*B,)``. A context shifts only the biases, so that the bound holds for every
+        context.
 
     Raises:
         ValueError: if ``lipschitz`` is not strictly between 0 and 1, the form is unknown, the activation is steeper
-            than 1, or the event has another size.
-        ConvergenceError: in the inverse, where ``max_steps`` was given, or tolerances below rounding. A y that is not
+            than 1, or an event does not have the size D.
+        ConvergenceError: in the inverse, if ``max_steps`` is given, or tolerances below rounding error. A y that is not
             finite gives NaN.
 
     References:
@@ -151,7 +165,7 @@ class LowRankResidual(Bijection):
         self._draw()
 
     def reset_parameters(self) -> None:
-        """Set the last matrix and bias to zero, the identity; draw the others; restore the activation's start."""
+        """Set the last matrix and bias to zero, so that the layer is the identity; reset all else."""
         super().reset_parameters()
         self._draw()
 
@@ -176,7 +190,7 @@ class LowRankResidual(Bijection):
         return _Network(weights, biases, norms[0])
 
     def _hidden(self, network: _Network, s: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Follow s, the image of the first matrix, up to the last activation; return the slopes on the way."""
+        """Return the output of the last activation for s, the output of the first matrix, and all slopes on the way."""
         if self.form == "bottleneck":
             h, slope = value_and_slope(self.activation, affine(s, network.weights[1], network.biases[1]))
             return h, (slope,)
@@ -185,7 +199,7 @@ class LowRankResidual(Bijection):
         return h, (first, second)
 
     def _hidden_value(self, network: _Network, s: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the same without the slopes, which cost more than the value."""
+        """Return the same value without the slopes, which are more expensive than the value."""
         h = s if self.form == "bottleneck" else activation(s)
         return activation(affine(h, network.weights[1], network.biases[1]))
 
@@ -193,11 +207,11 @@ class LowRankResidual(Bijection):
         return h if self.form == "bottleneck" else affine(h, network.weights[2], network.biases[2])
 
     def _fold(self, network: _Network) -> Tensor:
-        """Return what leads from the last activation back to s, a matrix with k rows."""
+        """Return the matrix, with k rows, by which the output of the last activation changes s."""
         return network.weights[0] if self.form == "bottleneck" else network.weights[0] @ network.weights[2]
 
     def _factors(self, network: _Network, fold: Tensor, slopes: tuple[Tensor, ...]) -> _Factors:
-        """Return A, s, B, t: the Jacobian of ``s + fold h(s)``, whose determinant is that of dy/dx, is I + A s B t."""
+        """Return A, s, B, t; the Jacobian I + A s B t of ``s + fold h(s)`` has the same determinant as dy/dx."""
         first, *second = slopes
         return (fold, second[0], network.weights[1], first) if second else (fold, first, network.weights[1], None)
 
@@ -244,22 +258,22 @@ class LowRankResidual(Bijection):
         return y - self._out(network, h), (network, slopes)
 
     def _solve(self, equation: FoldedEquation, c: Tensor, y: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Solve in the hidden dimensions; return h, too, where it is known.
+        """Solve in the hidden dimensions; return s, and h if it is known.
 
-        The tolerance is that of y, hence the division by the first matrix's norm.
+        The tolerance refers to y, so residuals in the hidden dimensions are divided by the norm of the first matrix.
         """
         unit = norm.clamp_min(torch.finfo(c.dtype).tiny).to(c.dtype)
         settings = self.solver
         if settings.max_steps is not None or in_transform(c):
             return self._newton(equation, c, y, unit), None
         limit = None
-        if settings.atol is not None or settings.rtol is not None:  # perhaps below what rounding allows
+        if settings.atol is not None or settings.rtol is not None:  # they may be below rounding error
             atol, rtol = settings.tolerances(c.dtype)
             limit = (atol + rtol * y.abs().amax(-1)) * unit
         s, done, h = chord_steps(equation, c, c, unit, gather=not self.batch_shape, limit=limit)
         if h is not None or done.all():
             return s, h
-        if self.batch_shape:  # batched biases belong to their rows
+        if self.batch_shape:  # each row has biases of its own, so rows cannot be selected
             return where_rows(done, s, self._newton(equation, c, y, unit)), None
         rows = ~done
         s[rows] = self._newton(equation, c[rows], y[rows], unit)
@@ -273,7 +287,7 @@ class LowRankResidual(Bijection):
             return linalg.solve(equation.jacobian(equation.slopes(s)), (r * unit).unsqueeze(-1)).squeeze(-1)
 
         start = torch.where(c.isfinite(), c, 0)
-        push = F.linear(equation.hidden(start), equation.fold) / unit  # rounding is that of the terms
+        push = F.linear(equation.hidden(start), equation.fold) / unit  # rounding errors scale with the terms
         how: dict[str, Any] = {
             "scale": (y.abs().amax(-1, keepdim=True) + push.abs().amax(-1, keepdim=True)).expand(c.shape),
             "gather": not self.batch_shape,
@@ -288,7 +302,7 @@ class LowRankResidual(Bijection):
     @full_precision
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, Any]) -> Tensor:
         network, slopes = aux
-        if isinstance(slopes, Tensor):  # the solution in the hidden dimensions, found where nobody wants a gradient
+        if isinstance(slopes, Tensor):  # the solution in the hidden dimensions, from an inverse without gradients
             slopes = self._hidden(network, slopes)[1]
         return linalg.contraction_log_det(*self._factors(network, self._fold(network), slopes))
 
@@ -347,11 +361,11 @@ def iresnet(
 ) -> Chain:
     """Build an invertible residual network: :class:`LowRankResidual` blocks with learned scales between them.
 
-    The scales (:class:`~pyro_invflows.Diagonal`) let the whole stretch space by more than the blocks' bounds allow.
+    The scales (:class:`~pyro_invflows.Diagonal`) let the chain stretch space by more than the bounds of its blocks.
 
     Args:
-        input_dim: D.
-        hidden_dim: Hidden dimensions of each block; default ``floor(sqrt(D))``.
+        input_dim: Size D of an event.
+        hidden_dim: Number of hidden dimensions of each block; default ``floor(sqrt(D))``.
         num_blocks: Number of blocks.
         form: As in :class:`LowRankResidual`.
         lipschitz: As in :class:`LowRankResidual`.
@@ -365,7 +379,7 @@ def iresnet(
         recompute: As in :class:`~pyro_invflows.Chain`: keep no activations.
 
     Raises:
-        ValueError: if there is no block, or as in :class:`LowRankResidual`.
+        ValueError: if ``num_blocks`` is below 1, or as in :class:`LowRankResidual`.
 
     Example:
         >>> chain = iresnet(6, num_blocks=3)

@@ -1,4 +1,4 @@
-r"""A linear layer of the identity plus low rank, whose inverse costs what the forward costs."""
+r"""A linear layer, the identity plus a low-rank matrix, whose inverse costs as much as the forward pass."""
 
 from __future__ import annotations
 
@@ -20,29 +20,34 @@ class LowRankLinear(Bijection):
 
     .. math:: y = (I + U U^T)(I + W W^T)^{-1} x + b.
 
-    Invertible because both factors are positive definite, whatever U and W. Choose it in many dimensions, where
-    :class:`~pyro_invflows.SVDLinear` costs too much. (The constrained form :math:`I - V V^T`, :math:`|V| < 1`, is the
-    same family as :math:`(I + W W^T)^{-1}`: it needs no penalty here.)
+    Invertible because both factors are positive definite for all U and W. Choose it in many dimensions, where
+    :class:`~pyro_invflows.SVDLinear` is too expensive. (The matrices :math:`(I + W W^T)^{-1}` are those of the form
+    :math:`I - V V^T` with :math:`|V| < 1`, but W needs no constraint.)
 
-    **Forward**, **Inverse**: O(D r) a point after O(D r^2) once, a thin QR factorisation that never squares U;
-    derivatives of every order. x is as ill-conditioned as the matrix, :math:`(1 + |U|^2)(1 + |W|^2)` at worst.
-    **Log-det**: :math:`\log\det(I + U U^T) - \log\det(I + W W^T)`, from the same
-    factorisations. **Identity**: the start, to rounding (U = W, drawn from torch's generator, so that gradients do not
-    vanish).
+    **Forward**, **Inverse**: O(D r) per point after O(D r^2) once, for a thin QR factorisation that never forms
+    :math:`U^T U`; derivatives of all orders. x is as ill-conditioned as the matrix, whose condition number is at most
+    :math:`(1 + |U|^2)(1 + |W|^2)`. **Log-det**: :math:`\log\det(I + U U^T) - \log\det(I + W W^T)`, from the same
+    factorisations. **Identity**: up to rounding error, at initialisation: U = W, drawn with torch's global generator
+    (if they were zero, so would be their gradients).
 
     Args:
-        input_dim: D.
-        rank: r, between 1 and D; default ``min(D, 16)``.
-        bias: Whether b is learned.
+        input_dim: Size D of an event.
+        rank: Number r of columns of U and of W, between 1 and D; default ``min(D, 16)``.
+        bias: Whether to learn b.
+
+    Attributes:
+        left: U, a parameter ``(D, r)``.
+        right: W, a parameter ``(D, r)``.
+        bias: b, a parameter ``(D,)``; None without a bias.
 
     Shape:
-        ``(*B, D) -> (*B, D)``.
+        ``(*B, D) -> (*B, D)``; log-det ``(*B,)``.
 
     Raises:
-        ValueError: if ``rank`` is not between 1 and D, or the event has another size.
+        ValueError: if ``rank`` is not between 1 and D, or an event does not have the size D.
 
     References:
-        Woodbury (1950), *Inverting modified matrices*, for the identities.
+        Woodbury (1950), *Inverting modified matrices*, for the inverse of the identity plus low rank.
 
     Example:
         >>> layer = LowRankLinear(5, 2)
@@ -70,7 +75,7 @@ class LowRankLinear(Bijection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw U = W, whose factors cancel; b = 0."""
+        """Draw U = W, so that the factors cancel; set b = 0."""
         nn.init.normal_(self.left, std=0.5 * self.input_dim**-0.5)
         with torch.no_grad():
             self.right.copy_(self.left)
@@ -114,7 +119,7 @@ class LowRankLinear(Bijection):
 
     @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        left, right = aux  # each direction has factorised one of them on its way
+        left, right = aux  # each direction has factorised one of them already
         if left is None:
             left = linalg.symmetric_low_rank_inverse(self.left)[1]
         if right is None:

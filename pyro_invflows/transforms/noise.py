@@ -1,11 +1,11 @@
-r"""Layers that change the dimension: injected noise, and its inverse, which drops elements.
+r"""Layers that change the dimension: one injects noise; its inverse drops elements.
 
-Injection is a map :math:`(x, e) \mapsto [x, e]` whose second argument is drawn, so its density is exact:
-:math:`p(y) = p(x)\,p(e)`. Dropping is a marginal, and what was dropped must be guessed: a bound. Both in Nielsen,
-Jaini, Hoogeboom, Winther and Welling (2020), *SurVAE flows*, section 3, as inference and generative slicing;
-injection also in Huang, Dinh and Courville (2020), *Augmented normalizing flows*. Flows with several scales are
-injections in a row (Dinh, Sohl-Dickstein and Bengio 2017, *Density estimation using Real NVP*, section 3.6, read from
-noise to data).
+Injection is the map :math:`(x, e) \mapsto [x, e]` with a random second argument, so its density is exact:
+:math:`p(y) = p(x)\,p(e)`. Dropping elements gives a marginal density; what was dropped must be inferred, so only a
+bound is available. Both are in Nielsen, Jaini, Hoogeboom, Winther and Welling (2020), *SurVAE flows*, section 3, as
+inference and generative slicing; injection is also in Huang, Dinh and Courville (2020), *Augmented normalizing flows*.
+A flow with several scales is a sequence of injections (Dinh, Sohl-Dickstein and Bengio 2017, *Density estimation using
+Real NVP*, section 3.6, read from noise to data).
 """
 
 from __future__ import annotations
@@ -35,40 +35,46 @@ __all__ = ["ConcatNoise", "Slice", "inject_noise", "multi_scale", "whitened_nois
 
 
 class ConcatNoise(NoiseInjection):
-    r"""Adds elements, drawn from a noise distribution.
+    r"""Appends elements drawn from a noise distribution.
 
     .. math:: y = [x, e], \qquad e \sim p(e) \text{ or } p(e \mid x).
 
-    Invertible, as a pair with its noise, because x and e both stand in y. Choose it to let a flow grow: a small base,
-    data of a larger dimension. Forwards it draws, from torch's global generator, anew at each call.
+    Invertible as a function of x and e, because y holds both. Choose it to let a flow grow, from a small base to data
+    of a larger dimension. Each forward pass draws new noise, with torch's global generator.
 
-    Density: **exact**. Its inverse, ``layer.inv`` or :class:`~pyro_invflows.Inverted`, is a :class:`Slice`, whose
+    The density is **exact**. The inverse, ``layer.inv`` or :class:`~pyro_invflows.Inverted`, is a :class:`Slice`, whose
     density is a bound.
 
-    **Forward**: one sample of the noise. **Inverse**: drops e; free. **Log-det**: :math:`-\log p(e)`, with e read off
-    y: by itself it makes :math:`\log p(y) = \log p(x) + \log p(e)`. **Identity**: never, the event grows.
+    **Forward**: draws one sample of the noise. **Inverse**: drops e, at no cost. **Log-det**: :math:`-\log p(e)`, where
+    e is read from y, so that :math:`\log p(y) = \log p(x) + \log p(e)` as for any other layer. **Identity**: never,
+    because the event grows.
 
-    It composes through a list, :class:`~pyro_invflows.Chain` or :class:`~pyro_invflows.Flow`, never through torch's
-    ``ComposeTransform``: that runs its parts again for the log-det, which draws other noise.
+    Compose it by a list, :class:`~pyro_invflows.Chain` or :class:`~pyro_invflows.Flow`, never by torch's
+    ``ComposeTransform``, which evaluates its parts again for the log-det and so draws different noise.
 
     Args:
-        noise: A :class:`~pyro_invflows.Flow`, kept as a module, or a distribution with ``rsample`` and real vectors as
-            its support, of which a flow is made: its arguments become buffers, so that ``.to()`` reaches them. It must
-            have the input's dtype. A flow with conditional parts is conditioned on x; they must take a batch of
-            contexts, as those of this library do. Pyro's draw the same noise for all of them, so they are refused.
-        dim: Axis that grows; -1 for vectors, -3 for the channels of images. Noise with a one-dimensional event is then
-            drawn for each pixel; otherwise its event is the image ``(k, H, W)``.
+        noise: A :class:`~pyro_invflows.Flow`, or a distribution with ``rsample`` whose support is all real vectors. A
+            distribution is turned into a flow: its arguments become buffers, so that ``.to()`` moves them. The noise
+            must have the dtype of the input. A flow with conditional parts is conditioned on x; its parts must accept a
+            batch of contexts, as those of this library do. Pyro's would draw the same noise for all contexts, so they
+            are refused.
+        dim: Axis that grows: -1 for vectors, -3 for the channels of images. For images, noise with a one-dimensional
+            event is drawn for each pixel; otherwise its event is an image ``(k, H, W)``.
         name: Key of the noise in :meth:`Chain.latents`.
-        input_dim: n, where it should be checked.
+        input_dim: Size n of an event of the input along ``dim``, if it is to be checked.
+
+    Attributes:
+        noise: The noise as a :class:`~pyro_invflows.Flow`, with its parameters and buffers.
 
     Shape:
-        ``(*B, n) -> (*B, n + k)``; with ``dim=-3`` ``(*B, n, H, W) -> (*B, n + k, H, W)``.
+        ``(*B, n) -> (*B, n + k)``; with ``dim=-3``, ``(*B, n, H, W) -> (*B, n + k, H, W)``; log-det ``(*B,)``.
 
     Raises:
-        TypeError: if the noise is no distribution or flow, cannot be rebuilt, has parameters that a copy would cut off
-            (give those as ``Flow(..., trainable_base=True)``), or, in a call, has another dtype than the input.
-        ValueError: if its support is not all real vectors, it has no ``rsample``, only a bound of its density (a flow
-            that holds a :class:`Slice`), or an event that does not fit.
+        TypeError: if the noise is neither a distribution nor a flow; if it cannot be rebuilt; if it has parameters,
+            which a copy would detach (pass a ``Flow(..., trainable_base=True)`` instead); in a call, if it has another
+            dtype than the input.
+        ValueError: if the support of the noise is not all real vectors; if it has no ``rsample``; if only a bound of
+            its density is known (a flow that holds a :class:`Slice`); if its event does not fit.
 
     References:
         Nielsen et al. (2020), *SurVAE flows*, section 3; Huang et al. (2020), *Augmented normalizing flows*, Eq. 4.
@@ -96,66 +102,70 @@ class ConcatNoise(NoiseInjection):
         super().__init__(input_dim, dim=dim, cache_size=cache_size)
         if name is not None and (not isinstance(name, str) or name in ("", "base")):
             raise ValueError(
-                f"ConcatNoise: name must be a non-empty string other than 'base', which the base has, but got {name!r}."
+                "ConcatNoise: name must be a non-empty string other than 'base', the key of the base, but got "
+                f"{name!r}."
             )
         self.name = name
         self.noise = _as_flow(noise)
         event = self._probe()
         self.noise_dim = event[0]
-        #: Sizes of the noise's event behind ``dim``; empty where it is drawn for each pixel.
+        #: Sizes of the noise's event after ``dim``; empty if the noise is drawn for each pixel.
         self.noise_spatial = tuple(event[1:])
         self.pixelwise = len(event) == 1 and self.dim != -1
 
     def _probe(self) -> torch.Size:
-        """Return the noise's event shape; refuse noise that cannot be injected."""
+        """Return the event shape of the noise; raise an error if the noise cannot be injected."""
         if self.noise.is_conditional:
             if self.input_dim is None:
                 widths = [getattr(part, "context_dim", None) for part in self.noise.transforms]
                 self.input_dim = next((width for width in widths if width), None)
             if self.input_dim is None:
-                raise ValueError("ConcatNoise: the width of the noise's context cannot be known; give input_dim.")
+                raise ValueError(
+                    "ConcatNoise: the width of the context must be known for conditional noise, but its parts do not "
+                    "tell it; give input_dim."
+                )
             d = self.noise(torch.zeros(self.input_dim, dtype=self._noise_dtype(), device=self._noise_tensor().device))
         else:
             d = self.noise()
         self._accept_density(d)
         if d.batch_shape or len(d.event_shape) not in (1, -self.dim):
             raise ValueError(
-                f"ConcatNoise needs noise without a batch shape and with {' or '.join(sorted({'1', str(-self.dim)}))} "
-                f"event dimension(s) for dim={self.dim}, but got batch {tuple(d.batch_shape)} and event "
-                f"{tuple(d.event_shape)}. Use .to_event(n)."
+                "ConcatNoise: the noise must have no batch shape and "
+                f"{' or '.join(sorted({'1', str(-self.dim)}))} event dimension(s) for dim={self.dim}, but got the "
+                f"batch shape {tuple(d.batch_shape)} and the event shape {tuple(d.event_shape)}. Use .to_event(n)."
             )
         if self.noise.is_conditional and len(d.event_shape) != 1:
             raise ValueError(
-                "ConcatNoise: noise conditional on x has a one-dimensional event, drawn for each pixel, but got "
-                f"{tuple(d.event_shape)}."
+                "ConcatNoise: noise that is conditional on x must have a one-dimensional event, drawn for each pixel, "
+                f"but got the event shape {tuple(d.event_shape)}."
             )
         return d.event_shape
 
     def _accept_density(self, d: TransformedDistribution) -> None:
-        """Refuse noise that is not a reparametrised density on all real vectors; note whether it is exact."""
+        """Check that the noise is a reparametrised density on all real vectors; record whether it is exact."""
         transform = as_bijection(d.transforms[0])
-        # a layer on all real vectors says nothing about the range of what goes in
+        # a layer with all real vectors as its domain and codomain maps the base's support onto an unknown set
         support = [transform.codomain, d.base_dist.support if _is_real(transform.domain) else transform.codomain]
         if not all(map(_is_real, support)):
             raise ValueError(
-                "ConcatNoise needs noise on all real vectors, but its support is "
-                f"{next(s for s in support if not _is_real(s))}. Give a distribution with real support, or a Flow that "
-                "maps it there, for example through Interval(low, high).inv."
+                "ConcatNoise: the support of the noise must be all real vectors, but got "
+                f"{next(s for s in support if not _is_real(s))}. Use a distribution with real support, or a Flow that "
+                "maps onto it, for example by Interval(low, high).inv."
             )
         if any(isinstance(leaf, NoiseInjection) and inverse for leaf, inverse in transform.leaves()):
             raise ValueError(
-                "ConcatNoise needs noise whose density is known, but the flow given holds a Slice, which has only a "
-                "bound of it. Give noise without a Slice."
+                "ConcatNoise: the density of the noise must be known, but the flow holds a Slice, which has only a "
+                "bound of it. Use noise without a Slice."
             )
         if not d.has_rsample:
             raise ValueError(
-                f"ConcatNoise needs noise with rsample, so that gradients pass through it, but {type(d.base_dist)} has "
-                "none."
+                "ConcatNoise: the noise must have rsample, so that gradients pass through it, but "
+                f"{type(d.base_dist).__name__} does not. Use a reparametrised distribution, such as Normal."
             )
-        self.exact = is_exact(transform)  # a layer of the noise may estimate its log-det
+        self.exact = is_exact(transform)  # False if a layer of the noise estimates its log-det
 
     def _noise_tensor(self) -> Tensor:
-        """Return a tensor that has the noise's dtype and device."""
+        """Return a tensor with the dtype and device of the noise."""
         tensors = concatenate(self.noise.base.parameters(), self.noise.base.buffers(), self.noise.parameters())
         return next((t for t in tensors if t.is_floating_point()), torch.empty(()))
 
@@ -169,16 +179,16 @@ class ConcatNoise(NoiseInjection):
         for axis, size in enumerate(self.noise_spatial, start=self.dim + 1):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(
-                    f"{type(self).__name__}: the noise's event has {size} elements along dim {axis}, but the input "
-                    f"{sizes[axis]}."
+                    f"{type(self).__name__}: the noise's event has {size} elements along dim {axis}, so the input must "
+                    f"have as many, but got {sizes[axis]}."
                 )
         known = sizes.pop(self.dim, None)
         if known is not None and inverse:
             known -= self.noise_dim
             if known < 1:
                 raise ValueError(
-                    f"{type(self).__name__} holds {self.noise_dim} elements of noise along dim {self.dim}, so its "
-                    f"output (the input of a Slice) has more than that, but got {known + self.noise_dim}."
+                    f"{type(self).__name__}: the output (the input of a Slice) includes {self.noise_dim} elements of "
+                    f"noise along dim {self.dim}, so it must have more than that, but got {known + self.noise_dim}."
                 )
         kept = self.input_dim if known is None else known
         if kept is not None:
@@ -192,7 +202,7 @@ class ConcatNoise(NoiseInjection):
 
     def _check(self, value: Tensor, inverse: bool) -> None:
         if not (isinstance(value, Tensor) and value.is_floating_point()):
-            super()._check(value, inverse)  # which says so
+            super()._check(value, inverse)  # raises
         self.check_event(value.shape, inverse)
         dtype = self._noise_dtype()
         if dtype != value.dtype and not is_any_autocast():
@@ -204,35 +214,36 @@ class ConcatNoise(NoiseInjection):
     # ------------------------------------------------------------------ hooks
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and e from y."""
+        """Split y into x and e."""
         return y.split_with_sizes((y.shape[self.dim] - self.noise_dim, self.noise_dim), dim=self.dim)  # type: ignore[return-value]
 
     def join(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Return y from x and e; batch dimensions broadcast."""
+        """Join x and e into y; batch dimensions broadcast."""
         if not isinstance(noise, Tensor) or noise.dtype != x.dtype:
             kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
-            raise TypeError(f"{type(self).__name__}: the noise must be a tensor of {x.dtype}, like x, but got {kind}.")
+            raise TypeError(f"{type(self).__name__}: the noise must be a tensor of {x.dtype}, as x is, but got {kind}.")
         event = (self.noise_dim, *x.shape[x.dim() + self.dim + 1 :])
         if noise.shape[noise.dim() + self.dim :] != event:
             raise ValueError(
-                f"{type(self).__name__}: the noise has events of shape {event}, but got the shape {tuple(noise.shape)}."
+                f"{type(self).__name__}: events of the noise must have the shape {event}, but got a tensor of shape "
+                f"{tuple(noise.shape)}."
             )
         try:
             batch = torch.broadcast_shapes(x.shape[: self.dim], noise.shape[: self.dim])
         except RuntimeError:
             raise ValueError(
-                f"{type(self).__name__}: the batch dimensions of the noise, {tuple(noise.shape[: self.dim])}, do not "
-                f"broadcast with those of x, {tuple(x.shape[: self.dim])}."
+                f"{type(self).__name__}: the batch dimensions of noise and x must broadcast, but got "
+                f"{tuple(noise.shape[: self.dim])} and {tuple(x.shape[: self.dim])}."
             ) from None
         x, noise = (value.expand(*batch, *value.shape[self.dim :]) for value in (x, noise))
         return torch.cat([x, noise], dim=self.dim)
 
     def _given(self, x: Tensor) -> Distribution:
-        """Return the distribution of the noise, conditioned on x where it is conditional; per pixel if pixelwise."""
+        """Return the distribution of the noise, conditioned on x if it is conditional; per pixel if pixelwise."""
         context = x.movedim(self.dim, -1) if self.pixelwise else x
         d = self.noise(context) if self.noise.is_conditional else self.noise()
         part: Distribution | None = d
-        while part is not None:  # the value was drawn or checked, and looking at each element stops vmap
+        while part is not None:  # values are drawn or already checked, and torch's check of each element fails in vmap
             part._validate_args = False
             part = getattr(part, "base_dist", None)
         return d
@@ -245,7 +256,7 @@ class ConcatNoise(NoiseInjection):
             e = d.rsample()
         else:
             e = d.rsample(x.shape[: self.dim] + (x.shape[x.dim() + self.dim + 1 :] if self.pixelwise else ()))
-        # e itself stays in aux: the noise's own layers know it and need not be inverted to score it
+        # keep e itself in the aux: the memos of the noise's layers know it, so that scoring e inverts none of them
         return torch.cat([x, e.movedim(-1, self.dim) if self.pixelwise else e], dim=self.dim), (d, e)
 
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Any]:
@@ -272,42 +283,48 @@ class ConcatNoise(NoiseInjection):
 
 
 class Slice(Inverted):
-    r"""Drops elements; backwards it draws them from a noise distribution. The inverse of :class:`ConcatNoise`.
+    r"""Drops elements; the inverse draws them from a noise distribution. The inverse of :class:`ConcatNoise`.
 
     .. math:: x = [y, e] \mapsto y, \qquad \log p(y) \approx \log p([y, e]) - \log r(e \mid y).
 
-    Invertible only as a guess: e is gone, and r, the ``noise``, stands in for the posterior of e given y. Choose it to
-    let a flow shrink, for example behind a :class:`ConcatNoise` in a guide.
+    Invertible only approximately: e is lost, and the ``noise`` r takes the place of the posterior of e given y. Choose
+    it to let a flow shrink, for example after a :class:`ConcatNoise` in a guide.
 
-    Density: a **bound**, by the choice of e, so the layer is told which:
+    The density is a **bound**. Its direction depends on the e at which it is evaluated, which ``score`` determines:
 
-    * ``score="data"`` draws a fresh e for each score: in expectation **below** the log-density, whatever was sampled
-      before. Maximum likelihood. ``FlowDistribution.log_prob(y, num_particles=K)`` draws K and closes in on it.
-    * ``score="sample"`` takes the e that was truly dropped: in expectation **above** the log-density, so that the ELBO
-      of a guide remains a bound. It raises on anything but the last point sampled, as the same tensor. What it cannot
-      see is a change of the base, or of its neighbours in a plain list (a :class:`~pyro_invflows.Chain` sees to its own
-      parts): after a step of the optimiser, sample again before you score, as ``SVI`` does.
+    * ``score="data"`` draws a new e for each score. The result is in expectation **below** the log-density, whatever
+      was sampled before. Use it for maximum likelihood. ``FlowDistribution.log_prob(y, num_particles=K)`` draws K
+      samples of e, for a tighter bound.
+    * ``score="sample"`` uses the e that was actually dropped. The result is in expectation **above** the log-density,
+      so that the ELBO of a guide remains a lower bound. It raises an error for anything but the last point that was
+      sampled, as the same tensor. A change of the base, or of neighbouring layers in a plain list, goes unnoticed (a
+      :class:`~pyro_invflows.Chain` does notice changes of its parts): after an optimiser step, sample again before you
+      score, as ``SVI`` does.
 
-    ``kl_divergence`` of two flows that share a ``Slice`` raises ``NotImplementedError``: that of their bases also
-    counts what is dropped. torch's own rule for two plain ``TransformedDistribution`` returns it nevertheless; it is an
-    upper bound.
+    ``kl_divergence`` of two flows that share a ``Slice`` raises ``NotImplementedError``, because the divergence of
+    their bases includes that of the dropped elements. torch's own rule for two plain ``TransformedDistribution``
+    returns this value nevertheless; it is an upper bound.
 
-    **Forward**: drops; free. **Inverse**: one sample of the noise. **Log-det**: :math:`\log r(e \mid y)`.
-    **Identity**: never, the event shrinks.
+    **Forward**: drops e, at no cost. **Inverse**: draws one sample of the noise.
+    **Log-det**: :math:`\log r(e \mid y)`. **Identity**: never, because the event shrinks.
 
     Args:
-        noise: r, as in :class:`ConcatNoise`; a flow with conditional parts is conditioned on what is kept.
+        noise: r, as in :class:`ConcatNoise`; a flow with conditional parts is conditioned on the elements kept.
         dim: Axis that shrinks.
         name: A name for the noise.
         score: ``"data"`` or ``"sample"``.
-        input_dim: Number of elements that are **kept**, where it should be checked.
+        input_dim: Number of elements that are **kept**, if it is to be checked.
+
+    Attributes:
+        layer: The :class:`ConcatNoise` that this layer inverts; ``layer.noise`` holds the parameters of r.
 
     Shape:
-        ``(*B, n + k) -> (*B, n)``; with ``dim=-3`` ``(*B, n + k, H, W) -> (*B, n, H, W)``.
+        ``(*B, n + k) -> (*B, n)``; with ``dim=-3``, ``(*B, n + k, H, W) -> (*B, n, H, W)``; log-det ``(*B,)``.
 
     Raises:
-        ValueError: for an unknown score; as :class:`ConcatNoise`; with ``score="sample"``, for anything but the layer's
-            own last sample.
+        TypeError: as in :class:`ConcatNoise`.
+        ValueError: if the score is unknown; as in :class:`ConcatNoise`; with ``score="sample"``, for anything but the
+            layer's own last sample.
 
     References:
         Nielsen et al. (2020), *SurVAE flows*, Eq. 9 and Table 2; Burda et al. (2016), *Importance weighted
@@ -347,16 +364,14 @@ class Slice(Inverted):
 
 
 def _as_flow(noise: Any) -> Flow:
-    """Return noise as a module."""
+    """Return the noise as a Flow."""
     if isinstance(noise, Flow):
         return noise
     if not isinstance(noise, Distribution):
-        hint = " Give it as a Flow." if isinstance(noise, ConditionalDistribution) else ""
-        raise TypeError(
-            f"ConcatNoise needs a Flow or a distribution as its noise, but got {type(noise).__name__}.{hint}"
-        )
+        hint = " Pass it as a Flow." if isinstance(noise, ConditionalDistribution) else ""
+        raise TypeError(f"ConcatNoise: noise must be a Flow or a distribution, but got {type(noise).__name__}.{hint}")
     refuse_gradients(
-        noise, "ConcatNoise", "Give a Flow(noise, [], trainable_base=True), which learns copies of its own."
+        noise, "ConcatNoise", "Pass a Flow(noise, [], trainable_base=True), which learns its own copies of them."
     )
     if isinstance(noise, TransformedDistribution):
         return Flow(noise.base_dist, noise.transforms)
@@ -364,7 +379,7 @@ def _as_flow(noise: Any) -> Flow:
 
 
 def _is_real(constraint: Any) -> bool:
-    while hasattr(constraint, "base_constraint"):  # independent ones, and those of mixtures
+    while hasattr(constraint, "base_constraint"):  # constraints.independent, and the supports of mixtures
         constraint = constraint.base_constraint
     return constraint is constraints.real
 
@@ -372,13 +387,13 @@ def _is_real(constraint: Any) -> bool:
 def whitened_noise(
     noise_dim: int, *, method: str = "zca", shrinkage: float | str = "oas", trainable: bool = False
 ) -> Flow:
-    """Build noise of a given mean and covariance: standard normal, coloured by a :class:`Whitening`.
+    """Build noise whose mean and covariance come from data: standard normal, coloured by a :class:`Whitening`.
 
-    It starts as standard normal noise. Restore what was injected with ``chain.latents(y)``, show it to
-    ``noise.transforms[0].observe(e)`` and call ``noise.transforms[0].adapt()``.
+    Initially the noise is standard normal. To adapt it, recover the injected noise e with ``chain.latents(y)``, pass it
+    to ``noise.transforms[0].observe(e)``, and call ``noise.transforms[0].adapt()``.
 
     Args:
-        noise_dim: k.
+        noise_dim: Number k of elements of the noise.
         method: As in :class:`Whitening`.
         shrinkage: As in :class:`Whitening`.
         trainable: As in :class:`Whitening`.
@@ -389,7 +404,7 @@ def whitened_noise(
         (torch.Size([5, 3]), 'Whitening')
     """
     noise_dim = positive_int(noise_dim, "noise_dim", "whitened_noise")
-    # nothing to validate, and on the meta device it could not be
+    # validation is not needed, and is impossible on the meta device
     base = Independent(Normal(torch.zeros(noise_dim), torch.ones(noise_dim), validate_args=False), 1)
     return Flow(base, [Whitening(noise_dim, method=method, shrinkage=shrinkage, trainable=trainable)])
 
@@ -405,6 +420,15 @@ def inject_noise(
     name: str | None = None,
 ) -> ConcatNoise:
     """Build a :class:`ConcatNoise` that injects :func:`whitened_noise`.
+
+    Args:
+        input_dim: Size of an event of the input along ``dim``.
+        noise_dim: Number of elements that are added.
+        method: As in :class:`Whitening`.
+        shrinkage: As in :class:`Whitening`.
+        trainable: As in :class:`Whitening`.
+        dim: As in :class:`ConcatNoise`.
+        name: As in :class:`ConcatNoise`.
 
     Example:
         >>> layer = inject_noise(3, 2, name="e")
@@ -423,28 +447,29 @@ def multi_scale(
     dim: int = -1,
     noise: Callable[[int], Flow | Distribution] = whitened_noise,
 ) -> Chain:
-    """Build a flow with several scales: at each but the last, half of the elements are factored out.
+    """Build a multi-scale flow: at each scale but the last, half of the elements are factored out.
 
-    From noise to data, coarse to fine, each scale doubles the event with injected noise and runs its layers on the
-    whole. Images are also enlarged: each scale halves the channels that its layers see and doubles height and width.
-    The noise of the finer scales is called ``"scale1"``, ``"scale2"``, ... in ``chain.latents(y)``; the coarsest scale
-    is the base, whose event shape is ``chain.inverse_shape(event_shape)``.
+    From noise to data, and so from coarse to fine, each scale doubles the event by injected noise and applies its
+    layers to the whole event. For images, each scale also doubles height and width, so that the number of channels
+    halves from scale to scale. The noise of the finer scales has the names ``"scale1"``, ``"scale2"``, ... in
+    ``chain.latents(y)``. The coarsest scale is the base, whose event shape is ``chain.inverse_shape(event_shape)``.
 
     Args:
-        input_dim: D, the elements of the data; with ``dim=-3`` their channels C.
-        layers: Makes the layers of a scale, one transform that keeps the shape, from their number of elements (or
-            channels).
-        num_scales: S.
+        input_dim: Size D of an event of the data; with ``dim=-3``, its channels C.
+        layers: Function from the number of elements (or channels) to the layers of one scale, as a single transform
+            that preserves the shape.
+        num_scales: Number S of scales.
         dim: -1 for vectors, -3 for images.
-        noise: Makes the noise from its size, as :class:`ConcatNoise` takes it. Where it is conditional, its context is
-            as large.
+        noise: Function from the number of elements (or channels) to the noise, as in :class:`ConcatNoise`. If the noise
+            is conditional, its context has as many elements.
 
     Shape:
-        ``(*B, D / 2^(S - 1)) -> (*B, D)``; with ``dim=-3`` ``(*B, 2^(S + 1) C, H / 2^S, W / 2^S) -> (*B, C, H, W)``.
+        ``(*B, D / 2^(S - 1)) -> (*B, D)``; with ``dim=-3``, ``(*B, 2^(S + 1) C, H / 2^S, W / 2^S) -> (*B, C, H, W)``;
+        log-det ``(*B,)``.
 
     Raises:
-        TypeError: if ``layers`` is no function, or makes something that is no transform.
-        ValueError: if ``2^(S - 1)`` does not divide the elements of vectors; if ``dim`` is neither -1 nor -3.
+        TypeError: if ``layers`` is not a function, or returns something that is not a transform.
+        ValueError: if D is not divisible by ``2^(S - 1)`` (vectors only); if ``dim`` is neither -1 nor -3.
 
     Example:
         >>> chain = multi_scale(8, num_scales=3, layers=affine_coupling)
@@ -464,8 +489,8 @@ def multi_scale(
         )
     if isinstance(layers, Transform) or not callable(layers):
         raise TypeError(
-            f"multi_scale: layers must be a function that makes the layers of one scale from their number of elements, "
-            f"but got {type(layers).__name__}."
+            "multi_scale: layers must be a function from the number of elements to the layers of one scale, such as "
+            f"affine_coupling, but got {type(layers).__name__}."
         )
     parts: list[Transform] = []
     for i in range(num_scales):

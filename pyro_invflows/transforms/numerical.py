@@ -1,4 +1,4 @@
-r"""A true inverse for transforms that have only one direction, Pyro's included."""
+r"""A true inverse for transforms that only have a forward direction, such as several of Pyro's."""
 
 from __future__ import annotations
 
@@ -36,48 +36,53 @@ STRUCTURES = ("elementwise", "triangular", "dense")
 
 
 class NumericalInverse(Structure):
-    r"""Inverts a one-way transform t by solving :math:`t(x) = y`.
+    r"""Inverts a transform t that only has a forward direction, by solving :math:`t(x) = y`.
 
     .. math:: y = t(x), \qquad \text{one-to-one from } \mathbb{R}^n \text{ onto its range}.
 
-    Invertible because t is one-to-one, which is its author's promise; a y that no x maps to raises. Choose it to score
-    data under transforms that can only sample: Pyro's ``planar``, ``radial``, ``block_autoregressive``,
-    ``neural_autoregressive`` and ``polynomial``. Where this library has the layer itself, that one is faster.
+    Invertible if t is one-to-one, which its author must guarantee; a y that is not in the range of t raises an error.
+    Choose it to score data under transforms that can only be sampled: Pyro's ``planar``, ``radial``,
+    ``block_autoregressive``, ``neural_autoregressive`` and ``polynomial``. If this library has such a layer of its own,
+    that layer is faster.
 
-    **Forward**: t. **Inverse**: ``"elementwise"``: a bracketed root for each element. ``"dense"``: Newton's method
-    with a line search, the Jacobian by D vector-Jacobian products a step. ``"triangular"``: the same, and rows that it
-    does not solve coordinate by coordinate, each a bracketed root, which cannot miss where t is monotone in each.
-    All rows are evaluated at each step (a foreign transform may have batched parameters); the result of a row does not
-    depend on the others. Implicit gradient to y and to every parameter of t, through one more evaluation; the linear
-    solve is exact. First derivatives, reverse and forward mode; ``order=2`` for second ones; ``order=1`` raises
-    ``NotImplementedError`` there. Raises ``ConvergenceError`` where a row fails; NaN for a y that is not finite.
-    ``torch.compile`` breaks its graph at the inverse. **Log-det**: t's. **Identity**: where t is.
+    **Forward**: that of t. **Inverse**: depends on the structure. ``"elementwise"``: a bracketed root for each element.
+    ``"dense"``: Newton's method with a line search; each step computes the Jacobian by D vector-Jacobian products.
+    ``"triangular"``: the same; rows that it does not solve are solved coordinate by coordinate, each by a bracketed
+    root, which always succeeds if t is monotone in each coordinate. Every step evaluates all rows (a foreign transform
+    may have batched parameters), but the result of a row does not depend on the others. Implicit gradients with respect
+    to y and all parameters of t, by one more evaluation of t and an exact linear solve: first derivatives in reverse
+    and forward mode, second derivatives only with ``order=2`` (else ``NotImplementedError``). Raises
+    ``ConvergenceError`` if a row fails; a y that is not finite gives NaN. ``torch.compile`` breaks the graph at the
+    inverse. **Log-det**: that of t. **Identity**: where t is.
 
     Args:
-        transform: t; its domain must be all of R^n, its event dimension the same on both sides. A module's parameters
-            become this layer's.
-        structure: What is known about t: ``"elementwise"``, ``"triangular"`` (``y_i`` depends on the x before i and on
-            x_i, in some order) or ``"dense"``. The default is elementwise for event dimension 0, triangular where t
-            says that it is ``autoregressive``, and else dense.
+        transform: The transform t. Its domain must be all of R^n, with as many event dimensions as its codomain. If it
+            is a module, its parameters become parameters of this layer.
+        structure: What is known about t: ``"elementwise"``, ``"triangular"`` (``y_i`` depends only on ``x_i`` and on
+            the x that come before it in some order) or ``"dense"``. By default, elementwise for event dimension 0,
+            triangular if t has a true attribute ``autoregressive``, and dense otherwise.
         solver: ``solvers.Newton``, ``Anderson`` or ``FixedPoint`` for the dense and triangular structures,
-            ``solvers.Bisection`` for the elementwise one: tolerances, bounds, and what happens on failure. The defaults
-            are ``Newton()`` and ``Bisection()``.
-        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+            ``solvers.Bisection`` for the elementwise one. It sets the tolerances, the maximum number of steps, and what
+            happens on failure. The defaults are ``Newton()`` and ``Bisection()``.
+        atol: Absolute tolerance, if no ``solver`` is given; see :class:`~pyro_invflows.solvers.Settings`.
         rtol: Relative tolerance, likewise.
-        max_steps: Bound on the steps, likewise.
+        max_steps: Maximum number of steps, likewise.
         on_failure: What happens to rows that did not converge, likewise.
         order: Highest order of derivatives of the inverse, 1 or 2.
-        ordering: For the triangular structure: the coordinates in the order in which they depend on each other; the
-            default is that of t's autoregressive network, or 0, 1, 2, ...
+        ordering: For the triangular structure, the coordinates in the order in which they depend on each other. The
+            default is the order of t's autoregressive network, or 0, 1, 2, ...
+
+    Attributes:
+        transform: t as a layer of this library, with its parameters.
 
     Shape:
-        That of the transform.
+        Input, output and log-det have the shapes that they have in t.
 
     Raises:
-        TypeError: if ``transform`` is no transform, or the solver does not fit the structure.
-        ValueError: if it is not one-to-one, its domain or event dimension does not fit, the structure is unknown, or it
-            is Pyro's ``Sylvester``, whose log-det is wrong (use :class:`~pyro_invflows.Sylvester`).
-        ConvergenceError: in the inverse.
+        TypeError: if ``transform`` is not a transform, or the solver does not fit the structure.
+        ValueError: if t is not one-to-one; if its domain or event dimension does not fit; if the structure is unknown;
+            if t is Pyro's ``Sylvester``, whose log-det is wrong (use :class:`~pyro_invflows.Sylvester`).
+        ConvergenceError: in the inverse, if a row fails.
 
     Example:
         >>> import pyro.distributions.transforms as T
@@ -148,7 +153,7 @@ class NumericalInverse(Structure):
 
     @property
     def input_dim(self) -> int | None:  # type: ignore[override]
-        """Event size that t requires of its input; None where any size will do."""
+        """Size that t requires of an event of its input; None if any size will do."""
         return self.transform.input_dim
 
     @property
@@ -161,7 +166,7 @@ class NumericalInverse(Structure):
     # ------------------------------------------------------------------ one evaluation of t
 
     def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return t(x) and its log-det, from no memo and leaving nothing in one."""
+        """Return t(x) and its log-det; no memo is read or filled."""
         y, aux = self.transform.evaluate(x)
         return y, self.transform._log_det(x, y, aux)
 
@@ -175,7 +180,7 @@ class NumericalInverse(Structure):
     @outside_autocast
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            # Compiled code breaks its graph here (fullgraph=True raises). No decorator: that one imports the compiler.
+            # Compiling breaks the graph here (fullgraph=True raises). Not a decorator, which imports the compiler.
             return torch.compiler.disable(self._solve_and_attach)(y)
         return self._solve_and_attach(y)
 
@@ -211,7 +216,7 @@ class NumericalInverse(Structure):
         def residual(x: Tensor) -> Tensor:
             return self._value(x) - y
 
-        # a start within reach of every y: y itself where t is near the identity
+        # starting at y is good if t is near the identity; it is possible only if t maps onto all of R^n
         start = torch.where(y.isfinite(), y, torch.zeros_like(y)) if _is_real(self.codomain) else torch.zeros_like(y)
         if isinstance(self.solver, Bisection):
             return _by_rows(self.solver(residual, start, scale=y), event_dim)
@@ -225,7 +230,7 @@ class NumericalInverse(Structure):
         return self._coordinatewise(residual, y, solution, todo)
 
     def _coordinatewise(self, residual: Any, y: Tensor, solution: Solution, todo: Tensor) -> Solution:
-        """Solve one coordinate after the other; then let Newton's method take the rest of the way to rounding."""
+        """Solve one coordinate after the other; then refine the rows to rounding error by Newton's method."""
         x = where_rows(todo, torch.zeros_like(y), solution.value)
         bisection = Bisection(atol=self.solver.atol, rtol=self.solver.rtol)
         status, steps = solution.status.clone(), solution.num_steps.clone()
@@ -239,7 +244,7 @@ class NumericalInverse(Structure):
             found = torch.where(left, root.value, x[..., i])
             x = torch.cat([x[..., :i], found.unsqueeze(-1), x[..., i + 1 :]], dim=-1)
             steps = torch.where(left, torch.maximum(steps, root.num_steps), steps)
-            # a coordinate that has no root ends its row, which keeps the reason
+            # a coordinate without a root ends its row, which keeps that status
             status = torch.where(left, root.status, status)
             left = left & root.converged
         polish = (
@@ -281,22 +286,22 @@ def _check_transform(transform: Any) -> None:
         )
     if not transform.bijective:
         raise ValueError(
-            f"NumericalInverse needs a one-to-one transform, but {name} says bijective=False: several x share a y."
+            f"NumericalInverse needs a one-to-one transform, but {name} has bijective=False: several x may share a y."
         )
     if transform.domain.event_dim != transform.codomain.event_dim:
         raise ValueError(
-            f"NumericalInverse needs events with as many dimensions on both sides, but {name} takes "
-            f"{transform.domain.event_dim} to {transform.codomain.event_dim}."
+            "NumericalInverse needs a transform with as many event dimensions in its output as in its input, but "
+            f"{name} has {transform.codomain.event_dim} and {transform.domain.event_dim}."
         )
     if not _is_real(transform.domain):
         raise ValueError(
-            f"NumericalInverse searches all of R^n, but the domain of {name} is {transform.domain}. Compose it with a "
-            "transform onto that domain first."
+            f"NumericalInverse needs a transform whose domain is all of R^n, but that of {name} is {transform.domain}. "
+            "Put a transform onto that domain in front of it, and invert the composition."
         )
 
 
 def _by_rows(solution: Solution, event_dim: int) -> Solution:
-    """Gather the elements of an event: a row has converged when all its elements have."""
+    """Combine the elements of each event into a row, which has converged if all of its elements have."""
     if not event_dim:
         return solution
     rows = [t.flatten(-event_dim).amax(-1) for t in (solution.status, solution.num_steps, solution.residual)]

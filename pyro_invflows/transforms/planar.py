@@ -1,7 +1,7 @@
-r"""Planar and radial layers: one direction, or one centre, bends the space.
+r"""Planar and radial layers, which deform space along one direction or around one centre.
 
 Rezende and Mohamed (2015), *Variational inference with normalizing flows*, Eqs. 10 to 14 and appendix A, with the
-inverses that the paper leaves out.
+inverses that the paper omits.
 """
 
 from __future__ import annotations
@@ -23,38 +23,43 @@ __all__ = ["Planar", "Radial", "conditional_planar", "conditional_radial", "plan
 
 
 class Planar(Bijection):
-    r"""Pushes points along one direction, by how far they lie along another.
+    r"""Pushes points along one direction, by an amount that depends on their position along another.
 
     .. math:: y = x + \hat u \tanh(w \cdot x + b), \qquad \hat u \cdot w > -1.
 
-    Invertible because along w the map is increasing: with :math:`d = e^{\mathrm{asinh}(u \cdot w)} > 0` the vector
-    :math:`\hat u = u + \frac{d - 1 - u \cdot w}{|w|^2} w` has :math:`\hat u \cdot w = d - 1`. Choose it for flows of
-    many cheap layers in few dimensions; :class:`Sylvester` does in one layer what takes many of these.
+    Invertible because the map is increasing along w: with :math:`d = e^{\mathrm{asinh}(u \cdot w)} > 0`, the vector
+    :math:`\hat u = u + \frac{d - 1 - u \cdot w}{|w|^2} w` satisfies :math:`\hat u \cdot w = d - 1`. Choose it for flows
+    of many cheap layers in few dimensions; one :class:`Sylvester` layer does the work of many of these.
 
-    **Forward**: O(D). **Inverse**: one scalar root a point, :math:`s + (d - 1) \tanh s = w \cdot y + b`, by Newton's
-    method from the end of the bracket where it is monotone (6 steps, more for the points that need them); implicit
-    gradient of every order, reverse and forward mode; raises ``ConvergenceError`` should it ever fail. Where d nearly
-    vanishes x is ill-conditioned near :math:`s = 0`: then y is met to rounding, x is not. **Log-det**:
-    :math:`\log(\tanh^2 s + d\,(1 - \tanh^2 s))`, O(1) more. **Identity**: the start, exactly (u = 0); w is drawn from
-    torch's generator.
+    **Forward**: O(D). **Inverse**: one scalar equation per point, :math:`s + (d - 1) \tanh s = w \cdot y + b`. Newton's
+    method starts at the end of a bracket from which it converges monotonically (6 steps, more for the points that need
+    them). Implicit gradients of all orders, in reverse and forward mode. Raises ``ConvergenceError`` if a point fails
+    to converge. If d is close to 0, x is ill-conditioned near :math:`s = 0`: y is reproduced to rounding error; x may
+    not be. **Log-det**: :math:`\log(\tanh^2 s + d\,(1 - \tanh^2 s))`, O(1) more. **Identity**: exactly, at
+    initialisation (u = 0); w is drawn with torch's global generator.
 
     Args:
-        input_dim: D.
-        solver: Tolerances of the root, the bound on the steps (40), and what happens on failure; default
+        input_dim: Size D of an event.
+        solver: Tolerances, the maximum number of steps (40 by default), and what happens on failure; default
             ``solvers.Newton()``.
-        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        atol: Absolute tolerance, if no ``solver`` is given; see :class:`~pyro_invflows.solvers.Settings`.
         rtol: Relative tolerance, likewise.
-        max_steps: Bound on the steps, likewise.
+        max_steps: Maximum number of steps, likewise.
         on_failure: What happens to rows that did not converge, likewise.
 
+    Attributes:
+        u: Parameter ``(D,)``; any value is legal.
+        w: Parameter ``(D,)``.
+        bias: b, a parameter ``(1,)``.
+
     Shape:
-        ``(*B, D) -> (*B, D)``.
+        ``(*B, D) -> (*B, D)``; log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
-        ConvergenceError: in the inverse, never in exact arithmetic. A y that is not finite gives NaN.
+        ValueError: if an event does not have the size D.
+        ConvergenceError: in the inverse, only because of rounding. A y that is not finite gives NaN.
 
-    Differs from Pyro's ``Planar``: it has an inverse, starts at the identity, and w = 0 is legal.
+    Differs from Pyro's ``Planar``: it has an inverse, is initialised as the identity, and allows w = 0.
 
     References:
         Rezende and Mohamed (2015), Eqs. 10-12; the constraint as in appendix A.1, with asinh for softplus, so that
@@ -92,7 +97,7 @@ class Planar(Bijection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set u = 0, b = 0, the identity, and draw w."""
+        """Set u = 0 and b = 0, so that the layer is the identity; draw w."""
         bound = 1 / math.sqrt(self.input_dim)
         nn.init.uniform_(self.w, -bound, bound)
         nn.init.zeros_(self.u)
@@ -105,7 +110,7 @@ class Planar(Bijection):
         # d - 1 - p = sqrt(1 + p^2) - 1 = p^2 / (1 + sqrt(1 + p^2)), and p^2 / |w|^2 stays bounded as w -> 0
         along = product * (product / square) / (1 + (1 + product * product).sqrt())
         u = torch.addcmul(self.u, along, self.w)
-        # Along w next to nothing may be left of u, but its rounding. A constant, for it is zero in exact arithmetic.
+        # Remove what is left along w by rounding. It is zero in exact arithmetic, hence the detach.
         rounding = (u * self.w).sum(-1, keepdim=True) - torch.expm1(torch.asinh(product))
         return u - (rounding / square * self.w).detach(), linalg.positive(product)
 
@@ -136,24 +141,30 @@ class Radial(Bijection):
 
     .. math:: y = x + \frac{\beta}{\alpha + r} (x - x_0), \qquad r = |x - x_0|, \quad \alpha > 0, \quad \beta > -\alpha.
 
-    Invertible because the distance to the centre, :math:`R = r + \beta r / (\alpha + r)`, increases with r. Choose it
-    for flows of many cheap layers in few dimensions, with :class:`Planar`.
+    Invertible because the distance of y from the centre, :math:`R = r + \beta r / (\alpha + r)`, increases with r.
+    Choose it for flows of many cheap layers in few dimensions, together with :class:`Planar`.
 
-    **Forward**: O(D). **Inverse**: closed form, the positive root of :math:`r^2 + (\alpha + \beta - R) r - \alpha R =
-    0`; O(D), derivatives of every order away from the centre (the map itself has a kink there). **Log-det**: with
-    :math:`q = \alpha / (\alpha + r)` and :math:`d = 1 + \beta / \alpha`: :math:`(D - 1) \log(1 - q + d q) + \log(1 -
-    q^2 + d q^2)`. **Identity**: the start, exactly (:math:`\beta = 0`).
+    **Forward**: O(D). **Inverse**: closed form; r is the positive root of
+    :math:`r^2 + (\alpha + \beta - R) r - \alpha R = 0`; O(D), with derivatives of all orders except at the centre,
+    where the map itself has a kink. **Log-det**: :math:`(D - 1) \log(1 - q + d q) + \log(1 - q^2 + d q^2)`, where
+    :math:`q = \alpha / (\alpha + r)` and :math:`d = 1 + \beta / \alpha`. **Identity**: exactly, at initialisation
+    (:math:`\beta = 0`).
 
     Args:
-        input_dim: D.
+        input_dim: Size D of an event.
+
+    Attributes:
+        centre: :math:`x_0`, a parameter ``(D,)``.
+        raw_alpha: Parameter ``(1,)``, a, which sets :math:`\alpha = e^{\mathrm{asinh}\,a}`.
+        raw_beta: Parameter ``(1,)``, b, which sets :math:`1 + \beta / \alpha = e^{\mathrm{asinh}\,b}`.
 
     Shape:
-        ``(*B, D) -> (*B, D)``.
+        ``(*B, D) -> (*B, D)``; log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
+        ValueError: if an event does not have the size D.
 
-    Differs from Pyro's ``Radial``: it has an inverse and starts at the identity.
+    Differs from Pyro's ``Radial``: it has an inverse and is initialised as the identity.
 
     References:
         Rezende and Mohamed (2015), Eq. 14 and appendix A.2.
@@ -177,7 +188,7 @@ class Radial(Bijection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        r"""Set :math:`\beta = 0`, the identity, and :math:`\alpha = 1`; draw the centre."""
+        r"""Set :math:`\beta = 0`, so that the layer is the identity, and :math:`\alpha = 1`; draw the centre."""
         bound = 1 / math.sqrt(self.input_dim)
         nn.init.uniform_(self.centre, -bound, bound)
         nn.init.zeros_(self.raw_alpha)
@@ -185,7 +196,7 @@ class Radial(Bijection):
 
     @staticmethod
     def _norm(difference: Tensor) -> Tensor:
-        # scaled by a constant, so that huge points do not overflow
+        # scaled by a constant, so that squares of huge values do not overflow
         scale = difference.detach().abs().amax(-1, keepdim=True).clamp_min(1)
         return scale * torch.linalg.vector_norm(difference / scale, dim=-1, keepdim=True)
 
@@ -207,7 +218,7 @@ class Radial(Bijection):
         big = self._norm(difference)
         limit = alpha * d
         p = limit - big
-        scale = (limit + big).detach()  # any constant will do; it keeps the squares from overflowing
+        scale = (limit + big).detach()  # any constant would do; it keeps the squares from overflowing
         root = p.abs() + scale * ((p / scale) ** 2 + 4 * (alpha / scale) * (big / scale)).sqrt()
         r = torch.where(p > 0, 2 * alpha * big / root, root / 2)
         return self.centre + difference * ((alpha + r) / (limit + r)), (r, alpha, d)

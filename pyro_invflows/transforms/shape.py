@@ -1,4 +1,4 @@
-"""Layers that only move elements: permutations and pixel shuffles. Both preserve volume."""
+"""Layers that only rearrange elements: permutations and pixel shuffles. Both preserve volume."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ class Permute(VolumePreserving):
 
     Invertible because a permutation is. Choose it between couplings, so that every element is transformed in turn.
 
-    **Forward**: one gather, O(D), exact. **Inverse**: the same, after one sort of D integers. **Log-det**: 0.
+    **Forward**: one gather, O(D), without rounding. **Inverse**: the same, after sorting D integers. **Log-det**: 0.
     **Identity**: only for the identity permutation.
 
     Args:
-        permutation: :math:`\pi`: each of 0, ..., D - 1 once.
-        dim: Axis that is permuted; -1 for vectors, -3 for the channels of images.
-
-    Shape:
-        ``(*B, D) -> (*B, D)``, or with ``dim=-3`` ``(*B, D, H, W) -> (*B, D, H, W)``.
+        permutation: :math:`\pi`, with each of 0, ..., D - 1 exactly once.
+        dim: Axis that is permuted: -1 for vectors, -3 for the channels of images.
 
     Attributes:
-        permutation: :math:`\pi`, a buffer ``(D,)`` of integers; the only thing that the layer depends on.
+        permutation: :math:`\pi`, a buffer ``(D,)`` of integers. It alone determines the layer.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``; log-det ``(*B,)``.
 
     Raises:
-        ValueError: if it is not a permutation.
+        ValueError: if it is not a permutation, or an event does not have the size D along ``dim``.
 
-    Differs from Pyro's ``Permute``: a module, so the index moves with ``.to()`` and is saved with the state.
+    Differs from Pyro's ``Permute``: it is a module, so that the permutation moves with ``.to()`` and is saved in the
+    ``state_dict``.
 
     Example:
         >>> layer = Permute([2, 0, 1])
@@ -51,16 +52,19 @@ class Permute(VolumePreserving):
     def __init__(self, permutation: Sequence[int] | Tensor, *, dim: int = -1, cache_size: int = 1) -> None:
         try:
             index = torch.as_tensor(permutation)
-        except (TypeError, ValueError, RuntimeError):  # torch's ways to say that these are not numbers
+        except (TypeError, ValueError, RuntimeError):  # any of these, if they are not numbers
             index = torch.empty(())
         if index.dim() != 1 or index.is_floating_point() or index.is_complex() or not index.numel():
-            raise ValueError(f"Permute needs a non-empty one-dimensional sequence of ints, but got {permutation!r}.")
+            raise ValueError(
+                f"Permute: the permutation must be a non-empty one-dimensional sequence of ints, but got "
+                f"{permutation!r}."
+            )
         index = index.detach().to(torch.long).clone()
-        # on the meta device there is nothing to check: the values are loaded later
+        # on the meta device there are no values to check yet: they are loaded later
         if not index.is_meta and not torch.equal(index.sort().values, torch.arange(len(index), device=index.device)):
             raise ValueError(
-                f"Permute needs each of 0, ..., {len(index) - 1} exactly once, but got {index.tolist()}; "
-                "torch.randperm(n) makes one."
+                f"Permute: the permutation must hold each of 0, ..., {len(index) - 1} exactly once, but got "
+                f"{index.tolist()}. torch.randperm(n) draws one."
             )
         super().__init__(len(index), dim=dim, cache_size=cache_size)
         self.register_buffer("permutation", index)
@@ -69,7 +73,7 @@ class Permute(VolumePreserving):
         return x.index_select(self.dim, self.permutation)
 
     def _inverse_function(self, y: Tensor) -> Tensor:
-        # sorted anew: a second buffer could contradict the first, and a sort takes less time than a gather
+        # sorted in each call: a second buffer could contradict the first, and a sort is faster than a gather
         return y.index_select(self.dim, self.permutation.argsort())
 
 
@@ -78,19 +82,19 @@ class PixelShuffle(VolumePreserving):
 
     .. math:: y_{c,\,rh+i,\,rw+j} = x_{cr^2 + ir + j,\,h,\,w}, \qquad 0 \le i, j < r.
 
-    Invertible because it only moves elements. Choose it (or its ``.inv``, which squeezes pixels into channels) to
-    change scale in image flows.
+    Invertible because it only rearranges elements. Choose it (or its ``.inv``, which squeezes pixels into channels) to
+    change the resolution in image flows.
 
-    **Forward**, **Inverse**: one copy, O(C H W), exact. **Log-det**: 0. **Identity**: at r = 1.
+    **Forward**, **Inverse**: one copy, O(C r^2 H W), without rounding. **Log-det**: 0. **Identity**: if r = 1.
 
     Args:
-        upscale_factor: r.
+        upscale_factor: Factor r by which height and width grow.
 
     Shape:
-        ``(*B, C r^2, H, W) -> (*B, C, r H, r W)``; event dimension 3.
+        ``(*B, C r^2, H, W) -> (*B, C, r H, r W)``; log-det ``(*B,)``. The event dimension is 3.
 
     Raises:
-        ValueError: if r^2 does not divide the channels or, backwards, r the height and width.
+        ValueError: if the channels are not divisible by r^2; in the inverse, if height or width is not divisible by r.
 
     References:
         Shi et al. (2016), *Real-time single image and video super-resolution using an efficient sub-pixel
@@ -117,10 +121,11 @@ class PixelShuffle(VolumePreserving):
         for axis, divisor in divisors.items():
             if axis in sizes:
                 if sizes[axis] % divisor:
-                    what = "the height and width by r" if inverse else "the channels by r^2"
+                    what = "height and width" if inverse else "the channels"
+                    power = "r" if inverse else "r^2"
                     raise ValueError(
-                        f"PixelShuffle({r}) divides {what} = {divisor}, but got {sizes[axis]} elements along dim "
-                        f"{axis}."
+                        f"PixelShuffle({r}): {what} must be divisible by {power} = {divisor}, but got {sizes[axis]} "
+                        f"elements along dim {axis}."
                     )
                 sizes[axis] //= divisor
         for axis, factor in factors.items():
@@ -132,7 +137,7 @@ class PixelShuffle(VolumePreserving):
         super()._check(value, inverse)
         self.check_event(value.shape, inverse)
 
-    # Written out, because torch's pixel_unshuffle returns an empty batch in its input's shape.
+    # Written out, because torch's pixel_unshuffle returns an empty batch in the shape of its input.
     def _function(self, x: Tensor) -> Tensor:
         r = self.upscale_factor
         *batch, c, h, w = x.shape
@@ -160,9 +165,9 @@ def permute(
 
     Args:
         input_dim: Size of the permuted axis.
-        permutation: The permutation; by default drawn uniformly with torch's generator.
+        permutation: The permutation; by default it is drawn uniformly.
         dim: Axis that is permuted.
-        generator: Source of the draw; default torch's global one.
+        generator: Generator of the draw; default torch's global one.
 
     Raises:
         ValueError: if the permutation has another size.
@@ -172,15 +177,19 @@ def permute(
         permutation = torch.randperm(input_dim, generator=generator)
     layer = Permute(permutation, dim=dim)
     if layer.input_dim != input_dim:
-        raise ValueError(f"permute: the permutation must have {input_dim} elements, but has {layer.input_dim}.")
+        raise ValueError(f"permute: the permutation must have {input_dim} elements, but got {layer.input_dim}.")
     return layer
 
 
 def pixel_shuffle(input_dim: int | None = None, *, upscale_factor: int = 2) -> PixelShuffle:
-    """Build a :class:`PixelShuffle`; ``input_dim`` channels, where given, must divide by ``upscale_factor**2``.
+    """Build a :class:`PixelShuffle`.
+
+    Args:
+        input_dim: Number of channels, if it is to be checked.
+        upscale_factor: As in :class:`PixelShuffle`.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if ``input_dim`` is not divisible by ``upscale_factor**2``.
     """
     layer = PixelShuffle(upscale_factor)
     if input_dim is not None:

@@ -1,7 +1,8 @@
-r"""Sylvester layers: several planar ones at once, with an inverse in as many dimensions.
+r"""Sylvester layers: several planar layers at once, whose inverse is solved in as many dimensions.
 
 van den Berg et al. (2018), *Sylvester normalizing flows for variational inference*. The paper has no inverse, and the
-fixed point that public implementations use diverges for legal parameters; here it is a root of a triangular system.
+fixed-point iteration of public implementations diverges for some legal parameters. Here the inverse is the root of a
+triangular system.
 """
 
 from __future__ import annotations
@@ -26,46 +27,52 @@ __all__ = ["Sylvester", "conditional_sylvester", "sylvester"]
 
 
 class Sylvester(HoldsConstants, Bijection):
-    r"""Pushes points within a learned subspace, by a one-layer network with triangular weights.
+    r"""Pushes points within a learned subspace, by a network with one hidden layer and triangular weights.
 
     .. math:: y = x + Q R_1 \tanh(R_2 Q^T x + b), \qquad T = R_2 R_1, \quad T_{ii} > -1,
 
-    with Q a D x m matrix of orthonormal columns and :math:`R_1, R_2` upper triangular. Invertible because within the
-    subspace the Jacobian :math:`I + T\,\mathrm{diag}(\tanh')` is triangular with a positive diagonal. Choose it where
-    :class:`Planar` would need many layers: m hidden units, one layer.
+    where Q is a D x m matrix with orthonormal columns and :math:`R_1, R_2` are upper triangular. Invertible because the
+    Jacobian within the subspace, :math:`I + T\,\mathrm{diag}(\tanh')`, is triangular with a positive diagonal. Choose
+    it where :class:`Planar` would need many layers: it has m hidden units in one layer.
 
-    **Forward**: O(D m) a point after O(D m^2) once, Q by compact WY. **Inverse**: the root of :math:`s + T \tanh(s) =
-    R_2 Q^T y + b` in m dimensions: diagonal Newton steps for all points, triangular ones for those that need them,
-    back-substitution for the rest, so that it converges at every legal parameter; implicit gradient of every order,
-    reverse and forward mode. Where some :math:`1 + T_{ii} \tanh'` nearly vanishes x is ill-conditioned: then y is
-    met to rounding, x is not. **Log-det**: :math:`\sum_i \log(\tanh^2 s_i + d_i (1 - \tanh^2 s_i))`, O(m) more.
-    **Identity**: the start, exactly (:math:`R_1 = 0`); Q and R_2 are drawn from torch's generator.
+    **Forward**: O(D m) per point after O(D m^2) once, with Q in compact WY form. **Inverse**: the root of :math:`s +
+    T \tanh(s) = R_2 Q^T y + b` in m dimensions: diagonal Newton steps for all points, triangular Newton steps for those
+    that need them, and back-substitution for those that are left, so that it converges for all legal parameters.
+    Implicit gradients of all orders, in reverse and forward mode. If some :math:`1 + T_{ii} \tanh'` is close to 0, x is
+    ill-conditioned: y is reproduced to rounding error; x may not be. **Log-det**:
+    :math:`\sum_i \log(\tanh^2 s_i + d_i (1 - \tanh^2 s_i))`, O(m) more. **Identity**: exactly, at initialisation
+    (:math:`R_1 = 0`); Q and :math:`R_2` are drawn with torch's global generator.
 
-    The parameters: ``vectors`` (k, D), the reflections of Q; ``weight`` (m, m), whose strict upper triangle is that of
-    :math:`R_1`, whose strict lower triangle is that of :math:`R_2`, transposed, and whose diagonal a sets
-    :math:`1 + T_{ii} = d_i = e^{\mathrm{asinh}\,a_i}`; ``raw_scale`` (m), which sets the diagonal of :math:`R_2` alike;
-    ``bias`` (m). Any values are legal. :meth:`set_triangles` takes matrices instead.
+    Any values of the parameters are legal. To set the triangular matrices themselves, use :meth:`set_triangles`.
 
     Args:
-        input_dim: D.
-        hidden_dim: m, between 1 and D; default ``min(D, 32)``.
-        num_reflections: k, the Householder reflections in Q; the default m reaches every frame.
-        solver: Tolerances, the bound on triangular Newton steps (8), and what happens on failure; default
-            ``solvers.Newton()``.
-        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        input_dim: Size D of an event.
+        hidden_dim: Number m of hidden units, between 1 and D; default ``min(D, 32)``.
+        num_reflections: Number k of Householder reflections in Q; the default, m, is enough for every Q.
+        solver: Tolerances, the maximum number of triangular Newton steps (8 by default), and what happens on failure;
+            default ``solvers.Newton()``.
+        atol: Absolute tolerance, if no ``solver`` is given; see :class:`~pyro_invflows.solvers.Settings`.
         rtol: Relative tolerance, likewise.
-        max_steps: Bound on the steps, likewise.
+        max_steps: Maximum number of steps, likewise.
         on_failure: What happens to rows that did not converge, likewise.
 
+    Attributes:
+        vectors: Reflection vectors of Q as rows, a parameter ``(k, D)``.
+        weight: Parameter ``(m, m)``. Its strict upper triangle is that of :math:`R_1`, its strict lower triangle that
+            of :math:`R_2^T`, and its diagonal a sets :math:`1 + T_{ii} = d_i = e^{\mathrm{asinh}\,a_i}`.
+        raw_scale: Parameter ``(m,)``, r, which sets the diagonal of :math:`R_2` to :math:`e^{\mathrm{asinh}\,r_i}`.
+        bias: b, a parameter ``(m,)``.
+        triangle: Constant mask, a buffer; not part of the ``state_dict``.
+
     Shape:
-        ``(*B, D) -> (*B, D)``.
+        ``(*B, D) -> (*B, D)``; log-det ``(*B,)``.
 
     Raises:
-        ValueError: if ``hidden_dim`` is not between 1 and D, or the event has another size.
-        ConvergenceError: in the inverse, never in exact arithmetic. A y that is not finite gives NaN.
+        ValueError: if ``hidden_dim`` is not between 1 and D, or an event does not have the size D.
+        ConvergenceError: in the inverse, only because of rounding. A y that is not finite gives NaN.
 
-    Differs from Pyro's ``Sylvester``: it has an inverse, its log-det is right, T_ii reaches beyond 1, and a loop over
-    reflections becomes one triangular solve.
+    Differs from Pyro's ``Sylvester``: it has an inverse, its log-det is correct, T_ii may exceed 1, and it solves one
+    triangular system instead of looping over the reflections.
 
     References:
         van den Berg et al. (2018), Eqs. 10-14 and 17.
@@ -117,7 +124,7 @@ class Sylvester(HoldsConstants, Bijection):
         return {"triangle": linalg.triangle_mask(self.num_reflections, like)}
 
     def reset_parameters(self) -> None:
-        """Set R_1 = 0 and b = 0, the identity; draw Q and R_2."""
+        """Set R_1 = 0 and b = 0, so that the layer is the identity; draw Q and R_2."""
         self.fill_constants()
         nn.init.normal_(self.vectors, std=self.input_dim**-0.5)
         nn.init.normal_(self.weight, std=0.1 * self.hidden_dim**-0.5)
@@ -128,11 +135,15 @@ class Sylvester(HoldsConstants, Bijection):
 
     @torch.no_grad()
     def set_triangles(self, upper1: Tensor, upper2: Tensor) -> None:
-        """Set the parameters so that R_1 and R_2 are the given matrices (m, m), up to the signs of hidden units.
+        """Set the parameters so that R_1 and R_2 are the given matrices, up to the signs of hidden units.
+
+        Args:
+            upper1: R_1, ``(m, m)``.
+            upper2: R_2, ``(m, m)``.
 
         Raises:
-            ValueError: unless both are upper triangular, R_2 has no zero on its diagonal, and every product of
-                diagonal entries exceeds -1.
+            ValueError: if a matrix is not finite and upper triangular, if R_2 has a zero on its diagonal, or if a
+                product of two corresponding diagonal entries is not above -1.
         """
         m = self.hidden_dim
         for name, matrix in (("upper1", upper1), ("upper2", upper2)):
@@ -143,10 +154,10 @@ class Sylvester(HoldsConstants, Bijection):
         first, second = upper1.diagonal(), upper2.diagonal()
         if (second == 0).any() or not (first * second > -1).all():
             raise ValueError(
-                "Sylvester.set_triangles: the diagonal of upper2 must not vanish, and its products with that of upper1 "
-                f"must exceed -1, but got {(first * second).tolist()}."
+                "Sylvester.set_triangles: the diagonal of upper2 must not hold zeros, and its products with that of "
+                f"upper1 must be above -1, but got the products {(first * second).tolist()}."
             )
-        # tanh is odd: a negative unit is the positive one with its row of R_2, bias and column of R_1 negated
+        # tanh is odd, so negating a unit's row of R_2, its bias and its column of R_1 changes nothing
         sign = second.sign()
         diagonal = torch.diag(linalg.positive_inverse(1 + first * second))
         self.weight.copy_((upper1 * sign).triu(1) + (upper2 * sign.unsqueeze(-1)).triu(1).mT + diagonal)

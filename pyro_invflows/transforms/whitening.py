@@ -1,8 +1,8 @@
-r"""Whitening: an affine layer that takes its mean and covariance from data instead of from a gradient.
+r"""Whitening: an affine layer whose mean and covariance are estimated from data instead of learned by gradients.
 
-The five methods, and how they differ, are in Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*.
-Statistics are kept in float64 and merged pairwise (Chan, Golub and LeVeque 1983), so that a stream of batches ends
-where one pass over all rows would. On a device without float64 they stay on the CPU.
+Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*, compare the five methods. The statistics are
+kept in float64 and merged pairwise (Chan, Golub and LeVeque 1983), so that a stream of batches gives the same result
+as one pass over all rows. On a device without float64 they stay on the CPU.
 """
 
 from __future__ import annotations
@@ -31,52 +31,68 @@ class Whitening(Bijection):
 
     .. math:: y = \mu + A e, \qquad A A^T = \Sigma.
 
-    Invertible while :math:`\Sigma` has full rank, which shrinkage sees to. Choose it to take location, scale and all
-    correlations out of a flow's hands: next to data, or to colour injected noise
+    Invertible if :math:`\Sigma` has full rank; shrinkage takes care of that. Choose it to relieve a flow of location,
+    scale and all correlations, as the layer next to the data, or to colour injected noise
     (:func:`~pyro_invflows.whitened_noise`).
 
-    :math:`\mu` and :math:`\Sigma` come from data, by explicit calls only; scoring and sampling never change them.
-    :meth:`fit` does all at once. :meth:`observe` adds a batch to the running statistics and leaves the map alone;
-    :meth:`adapt` sets the map from them. Where ``torch.distributed`` is initialised, each ``fit`` and ``observe`` adds
-    the rows of **all** processes, and every process must call it.
+    :math:`\mu` and :math:`\Sigma` are estimated from data, by explicit calls only; scoring and sampling never change
+    them. :meth:`observe` adds a batch to the running statistics without changing the map; :meth:`adapt` sets the map
+    from the statistics; :meth:`fit` does both for a whole data set. If ``torch.distributed`` is initialised, each
+    ``fit`` and ``observe`` adds the rows of **all** processes, and every process must call it.
 
-    **Forward**, **Inverse**: one matrix product, O(D^2); no gradient goes through the factorisation, so isotropic
-    covariances are safe. **Log-det**: log det A, once a pixel. **Identity**: the start, exactly.
+    **Forward**, **Inverse**: one matrix product, O(D^2). No gradient passes through a decomposition, so equal
+    eigenvalues of :math:`\Sigma` do no harm. **Log-det**: log det A, times the number of pixels of an image.
+    **Identity**: exactly, at initialisation.
 
-    ``adapt`` costs O(D^3) (two decompositions), ``observe`` O(D^2) a row. The statistics are kept in float64; where the
-    layer moves to a device that has none (``"mps"``), they stay on the CPU, and rows are copied there.
+    ``adapt`` costs O(D^3) (two decompositions), ``observe`` O(D^2) per row. The statistics are kept in float64. If the
+    layer is moved to a device without float64 (``"mps"``), they stay on the CPU, and rows are copied there.
 
     Args:
-        input_dim: D.
-        method: What A is among the roots of :math:`\Sigma`, with :math:`\Sigma = U \Lambda U^T`, the variances V and
-            the correlations :math:`P = G \Theta G^T`:
+        input_dim: Size D of an event along ``dim``.
+        method: Which root A of :math:`\Sigma` to use. With :math:`\Sigma = U \Lambda U^T`, the diagonal matrix V of
+            variances and the correlations :math:`P = G \Theta G^T`, it is
 
             * ``"zca"``: :math:`\Sigma^{1/2}`; whitened data stay closest to the data;
             * ``"pca"``: :math:`U \Lambda^{1/2}`, largest eigenvalue first, diagonal of U positive;
-            * ``"cholesky"``: the lower triangular factor of :math:`\Sigma` (the paper factors the precision instead);
+            * ``"cholesky"``: the lower triangular factor of :math:`\Sigma` (the paper factorises the precision);
             * ``"zca-cor"``: :math:`V^{1/2} P^{1/2}`; whitened data stay closest to the standardised data;
             * ``"pca-cor"``: :math:`V^{1/2} G \Theta^{1/2}`.
-        shrinkage: Weight :math:`\rho` by which the correlations shrink, in :math:`\Sigma = (1 - \rho) S + \rho\,
-            \mathrm{diag}(S)`, with the sample covariance S (divided by N - 1): a number in [0, 1], or ``"oas"``, the
-            oracle approximating choice for the correlation matrix, which needs nothing but S and N and vanishes as
-            1/N. The variances are those of the data, and another unit of a column changes nothing but its own scale.
-            Shrinkage keeps data of deficient rank invertible, and :meth:`adapt` warns when it had to. A column that is
-            constant says nothing about its scale: it keeps the scale 1; rows without any spread leave A = I.
-        trainable: Make :math:`\mu` and the triangular factor parameters. :meth:`fit` and :meth:`adapt` set their start.
-        dim: Axis of the D elements; with ``dim=-3`` every pixel counts as a row.
+        shrinkage: Weight :math:`\rho` in :math:`\Sigma = (1 - \rho) S + \rho\, \mathrm{diag}(S)`, by which the
+            correlations shrink; S is the sample covariance (with N - 1). Either a number in [0, 1], or ``"oas"``, the
+            oracle approximating shrinkage of the correlation matrix, which depends only on S and N and tends to zero
+            as 1/N. The variances are not shrunk, and rescaling a column of the data only rescales that column of y.
+            Shrinkage makes A invertible even if S has deficient rank; :meth:`adapt` warns if this was necessary.
+            A constant column carries no information about its scale and gets the scale 1; if all rows are equal, A = I.
+        trainable: Whether :math:`\mu` and the triangular factor of A are parameters; :meth:`fit` and :meth:`adapt` set
+            their values.
+        dim: Axis of the D elements: -1 for vectors, -3 for the channels of images, where every pixel counts as a row.
+
+    Attributes:
+        mean: :math:`\mu`, ``(D,)``, a parameter if trainable, else a buffer.
+        triangle: Parameter ``(D, D)``, if trainable. With A = L Q, L lower triangular and Q orthogonal, it holds the
+            entries of L below the diagonal, and on the diagonal the logarithms of those of L.
+        rotation: Q, a buffer ``(D, D)``, if trainable.
+        colouring: A, a buffer ``(D, D)``, if not trainable.
+        whitening: :math:`A^{-1}`, a buffer ``(D, D)``, if not trainable.
+        log_scale: log det A, a scalar buffer, if not trainable.
+        statistics: Module with the buffers ``count``, ``mean`` ``(D,)`` and ``scatter`` ``(D, D)`` of the rows
+            observed so far, in float64.
 
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``, where every pixel is treated alike;
+        log-det ``(*B,)``.
 
     Raises:
-        ValueError: for an unknown method or shrinkage; in ``fit`` and ``observe`` for no rows at all, and rows that are
-            not finite or whose squares are not (the statistics then stay as they were); in ``adapt`` before any row was
-            observed, or, with ``shrinkage=0``, for a covariance of deficient rank (a constant column is one).
+        TypeError: in ``fit`` and ``observe``, if the data are not a floating point tensor.
+        ValueError: if the method or shrinkage is unknown; in ``fit`` and ``observe``, if there are no rows, or if rows
+            or their squares are not finite (the statistics then stay as they were); in ``adapt``, if no rows have been
+            observed, or, with ``shrinkage=0``, if the covariance has deficient rank (as with a constant column).
 
     References:
         Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*, Table 1; Schaefer and Strimmer (2005),
-        *A shrinkage approach to large-scale covariance matrix estimation*, Table 2, target D, for variances that stay;
-        Chen, Wiesel, Eldar and Hero (2010), *Shrinkage algorithms for MMSE covariance estimation*, Eq. 23, for OAS.
+        *A shrinkage approach to large-scale covariance matrix estimation*, Table 2, target D, which keeps the
+        variances; Chen, Wiesel, Eldar and Hero (2010), *Shrinkage algorithms for MMSE covariance estimation*, Eq. 23,
+        for OAS.
 
     Example:
         >>> data = torch.randn(1000, 3) @ torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.5, 0.3]]) + 5.0
@@ -92,7 +108,7 @@ class Whitening(Bijection):
     whitening: Tensor
     rotation: Tensor
     log_scale: Tensor
-    # a hypernetwork has no business with statistics of data
+    # statistics of data are not for a hypernetwork to set
     conditionable = False
 
     def __init__(
@@ -119,7 +135,7 @@ class Whitening(Bijection):
         self.mean: Tensor
         if trainable:
             self.mean = nn.Parameter(torch.empty(input_dim))
-            # below the diagonal: that of the factor L in A = L Q; on it: the logarithms of L's diagonal
+            # below the diagonal: the entries of L in A = L Q; on the diagonal: the logarithms of those of L
             self.triangle = nn.Parameter(torch.empty(input_dim, input_dim))
             self.register_buffer("rotation", torch.empty(input_dim, input_dim))  # Q
         else:
@@ -130,7 +146,7 @@ class Whitening(Bijection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the map to the identity and forget all statistics."""
+        """Set the map to the identity and discard the statistics."""
         self.reset_statistics()
         eye = torch.eye(self.input_dim, dtype=torch.float64, device=self.statistics.mean.device)
         self._set_map(torch.zeros_like(self.statistics.mean), eye, eye)
@@ -138,20 +154,21 @@ class Whitening(Bijection):
     # ------------------------------------------------------------------ from data
 
     def fit(self, data: Tensor) -> Whitening:
-        """Forget all statistics, take those of ``data`` ``(*N, D)`` and set the map from them."""
+        """Replace the statistics by those of ``data`` ``(*N, D)``, set the map from them, and return the layer."""
         self.statistics.replace(*self.statistics.of(self._rows, data))
         self._adapt()
         return self
 
     def observe(self, batch: Tensor) -> Whitening:
-        """Add a batch ``(*N, D)`` to the running statistics. The map changes only in :meth:`adapt`."""
+        """Add a batch ``(*N, D)`` to the running statistics, and return the layer. Only :meth:`adapt` sets the map."""
         self.statistics.merge(*self.statistics.of(self._rows, batch))
         return self
 
     def adapt(self) -> Whitening:
-        """Set the map from all rows observed since the start, or since :meth:`reset_statistics`.
+        """Set the map from all rows observed so far, or since :meth:`reset_statistics`, and return the layer.
 
-        Call it between steps: autograd refuses a backward pass through what was computed with the map before.
+        Call it between optimiser steps: autograd raises an error in a backward pass through values that were computed
+        with the previous map.
         """
         self._adapt()
         return self
@@ -160,12 +177,12 @@ class Whitening(Bijection):
         self._set_map(self.statistics.mean, *self._roots())
 
     def reset_statistics(self) -> None:
-        """Forget all rows observed so far, as before a new window of a distribution that drifts."""
+        """Discard the statistics of all rows observed so far, for example if the distribution of the data drifts."""
         self.statistics.reset()
 
     @property
     def covariance(self) -> Tensor:
-        """The sample covariance (N - 1) of the rows observed so far, ``(D, D)``, like all statistics in float64."""
+        """The sample covariance (with N - 1) of the rows observed so far, ``(D, D)``, in float64."""
         return self.statistics.covariance()
 
     @property
@@ -174,19 +191,19 @@ class Whitening(Bijection):
         return self._triangle() @ self.rotation if self.trainable else self.colouring
 
     def _rows(self, data: Tensor) -> Tensor:
-        """Check data and return it as rows ``(N, D)`` of float64."""
+        """Check the data and return them as rows ``(N, D)`` in float64."""
         if not isinstance(data, Tensor) or not data.is_floating_point():
             kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-            raise TypeError(f"Whitening needs a floating point tensor of data, but got {kind}.")
+            raise TypeError(f"Whitening: the data must be a floating point tensor, but got {kind}.")
         self.check_event(data.shape, inverse=True)
         rows = _double(data.detach().movedim(self.dim, -1).reshape(-1, self.input_dim))
-        # a sum is not finite where a row is not, and far cheaper than looking at each element
+        # the sum is not finite if a row is not, and is far cheaper than checking each element
         if rows.numel() and not rows.sum().isfinite():
             bad = int((~rows.isfinite()).any(-1).sum())
             if bad:
                 raise ValueError(
-                    f"Whitening needs finite rows, but {bad} of {len(rows)} hold NaN or infinity. Nothing was added "
-                    "to the statistics; leave those rows out."
+                    f"Whitening: the rows must be finite, but {bad} of {len(rows)} hold NaN or infinity. Nothing was "
+                    "added to the statistics. Leave those rows out."
                 )
         return rows
 
@@ -194,13 +211,16 @@ class Whitening(Bijection):
         """Return A and its inverse for the rows observed."""
         count, d = self.statistics.count.item(), self.input_dim
         if count < 1:
-            raise ValueError("Whitening has observed no rows yet: call observe(batch) before adapt(), or fit(data).")
+            raise ValueError(
+                "Whitening: adapt() needs statistics, but has observed no rows yet. Call observe(batch) first, or "
+                "fit(data) instead."
+            )
         raw, spread = self.statistics.covariance(), self.statistics.spread()
         constant = d - int(spread.sum())
         if constant == d and self.shrinkage != 0:  # nothing is known about the scale
             warnings.warn(
-                f"Whitening: the {count:.0f} rows observed have no spread, so only their mean is used and A = I.",
-                stacklevel=4,  # fit or adapt was called there
+                f"Whitening: the {count:.0f} rows observed have no spread, so only their mean is used, with A = I.",
+                stacklevel=4,  # the caller of fit or adapt
             )
             return (eye := torch.eye(d, dtype=raw.dtype, device=raw.device)), eye
         scale, matrix = correlations(raw, spread)
@@ -208,27 +228,27 @@ class Whitening(Bijection):
         limit = d * torch.finfo(raw.dtype).eps * eigenvalues[-1]
         missing = int((eigenvalues <= limit).sum())
         if self.shrinkage == "oas":
-            # constant columns are no evidence that others are uncorrelated
+            # without the constant columns, which do not show that the others are uncorrelated
             weight = oas_weight(count, d - constant, matrix.square().sum() - constant)
-            if missing:  # however many rows: enough to tell the missing directions from rounding
+            if missing:  # for any number of rows, enough to lift the missing directions above rounding error
                 weight = torch.maximum(weight, 10 * limit)
         else:
             weight = raw.new_tensor(float(self.shrinkage))
         rank = d - constant - missing
         if (constant and not weight) or not (1 - weight) * eigenvalues[0] + weight > limit:
             raise ValueError(
-                f"Whitening with shrinkage={self.shrinkage:g} needs a covariance of full rank, but that of the "
+                f"Whitening: with shrinkage={self.shrinkage:g}, the covariance must have full rank, but that of the "
                 f"{count:.0f} rows observed has rank {rank} of {d}. Observe more rows, leave out constant columns, or "
                 "use more shrinkage."
             )
         if rank < d:
             fills = [f"{constant} constant column(s) keep the scale 1"] if constant else []
             if missing:
-                fills.append(f"a shrinkage of the correlations by {weight.item():.2g} fills the missing directions")
+                fills.append(f"shrinking the correlations by {weight.item():.2g} fills the missing directions")
             warnings.warn(
                 f"Whitening: the covariance of the {count:.0f} rows observed has rank {rank} of {d}; "
                 f"{', and '.join(fills)}.",
-                stacklevel=4,  # fit or adapt was called there
+                stacklevel=4,  # the caller of fit or adapt
             )
         matrix = (1 - weight) * matrix
         matrix.diagonal().fill_(1.0)
@@ -238,7 +258,7 @@ class Whitening(Bijection):
     def _set_map(self, mean: Tensor, colouring: Tensor, whitening: Tensor) -> None:
         _copy(self.mean, mean)
         if self.trainable:
-            # every root of the covariance is its triangular one, rotated: A = L Q
+            # every root of the covariance is a rotation of the triangular one: A = L Q
             factor = triangular_root(colouring)
             _copy(self.triangle, factor.tril(-1) + factor.diagonal().log().diag())
             _copy(self.rotation, torch.linalg.solve_triangular(factor, colouring, upper=False))
@@ -262,13 +282,13 @@ class Whitening(Bijection):
 
     @torch.no_grad()
     def _sharpen(self) -> None:
-        """Make A and its inverse agree to the last digit again, where their new dtype has more digits."""
+        """Make A and its inverse consistent again to all digits, after a change to a more precise dtype."""
         if self.trainable:
             q, r = torch.linalg.qr(_double(self.rotation))
             _copy(self.rotation, q * r.diagonal().sign())
         else:
             colouring = _double(self.colouring)
-            scale = torch.linalg.vector_norm(colouring, dim=-1, keepdim=True)  # rows may have units of their own
+            scale = torch.linalg.vector_norm(colouring, dim=-1, keepdim=True)  # rows may differ in their units
             _copy(self.whitening, torch.linalg.inv(colouring / scale) / scale.mT)
             _copy(self.log_scale, torch.linalg.slogdet(colouring)[1])
 
@@ -285,7 +305,7 @@ class Whitening(Bijection):
 
     @at_least_single
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, None]:
-        # centred first: W y - W mu would lose the small difference of large numbers
+        # centred first, because W y - W mu would cancel if mu is large
         rows = (y if self.dim == -1 else y.movedim(self.dim, -1)) - self.mean
         if self.trainable:
             flat = rows.reshape(-1, self.input_dim)
@@ -316,7 +336,7 @@ class Whitening(Bijection):
 
 
 def _double(value: Tensor) -> Tensor:
-    """Bring to float64: on the CPU, where the device has none."""
+    """Convert to float64, on the CPU if the device has no float64."""
     return (value.cpu() if lacks_float64(value.device) else value).double()
 
 
@@ -325,14 +345,19 @@ def _on_cpu(value: Tensor) -> Tensor:
 
 
 def _copy(target: Tensor, value: Tensor) -> None:
-    """Copy, possibly to another device; rounded before that, which may lack the wider dtype."""
+    """Copy, possibly to another device; round first, because that device may lack the wider dtype."""
     target.copy_(value.to(target.dtype))
 
 
 class _Moments(nn.Module):
-    """Count, mean and scatter (sum of centred outer products) of rows; in float64, whatever the layer's dtype.
+    """Count, mean and scatter (sum of centred outer products) of rows, in float64 whatever the layer's dtype.
 
-    Where the layer's device has no float64, they stay on the CPU.
+    If the layer's device has no float64, they stay on the CPU.
+
+    Attributes:
+        count: Number of rows, a scalar buffer.
+        mean: Mean of the rows, a buffer ``(D,)``.
+        scatter: Sum of the outer products of the centred rows, a buffer ``(D, D)``.
     """
 
     count: Tensor
@@ -360,18 +385,18 @@ class _Moments(nn.Module):
 
     @torch.no_grad()
     def of(self, as_rows: Callable[[Tensor], Tensor], data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return count, mean and scatter of ``data``; together with the data of all other processes, if there are."""
+        """Return count, mean and scatter of ``data``, together with those of all other processes, if any."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return self._of_all_processes(as_rows, data)
         rows = as_rows(data)
         if not len(rows):
-            raise ValueError("Whitening needs at least one row of data, but got none.")
+            raise ValueError("Whitening: the data must have at least one row, but got none.")
         return self._of_rows(rows)
 
     def _of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean = rows.mean(0)
         centred = rows - mean
-        # the mean is rounded; corrected by the mean of what is left, or rows that are all equal would show a spread
+        # correct the rounding of the mean by the mean of the rest, or rows that are all equal would have a spread
         rest = centred.mean(0)
         scatter = torch.addmm(torch.outer(rest, rest), centred.mT, centred, beta=-float(len(rows)))
         return self.count.new_tensor(float(len(rows))), mean + rest, scatter
@@ -383,16 +408,19 @@ class _Moments(nn.Module):
             rows = as_rows(data)
             if len(rows):
                 count, mean, scatter = self._of_rows(rows)
-        except (TypeError, ValueError) as refused:  # all must refuse together, or the others would wait for ever
+        except (TypeError, ValueError) as refused:  # all must fail together, or the others would wait forever
             error = refused
         sums = torch.cat([torch.stack([count.new_tensor(float(error is not None)), count]), count * mean])
         torch.distributed.all_reduce(sums)
         if error is not None:
             raise error
         if sums[0] > 0:
-            raise ValueError(f"Whitening: {sums[0]:.0f} other processes refused their data; nothing was added.")
+            raise ValueError(
+                f"Whitening: the data of all processes must be valid, but {sums[0]:.0f} other processes refused theirs "
+                "(see their errors). Nothing was added to the statistics."
+            )
         if sums[1] < 1:
-            raise ValueError("Whitening needs at least one row of data, but all processes together got none.")
+            raise ValueError("Whitening: the data must have at least one row, but all processes together got none.")
         total = sums[2:] / sums[1]
         delta = mean - total
         scatter = scatter + count * torch.outer(delta, delta)
@@ -409,22 +437,22 @@ class _Moments(nn.Module):
 
     @torch.no_grad()
     def replace(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
-        """Take these statistics instead.
+        """Replace the statistics by others.
 
         Raises:
-            ValueError: if they overflowed; nothing changes then.
+            ValueError: if these have overflowed; the statistics then stay as they were.
         """
         if not scatter.sum().isfinite():
             raise ValueError(
-                "Whitening: the rows are finite, but so large that their squares are not. Nothing was added to the "
-                "statistics; rescale the data."
+                "Whitening: the squares of the data must be finite, but some rows are so large that their squares are "
+                "not. Nothing was added to the statistics. Rescale the data."
             )
         self.count.copy_(count)
         self.mean.copy_(mean)
         self.scatter.copy_(scatter)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set all statistics to zero."""
         for buffer in (self.count, self.mean, self.scatter):
             buffer.zero_()
 
@@ -434,7 +462,7 @@ class _Moments(nn.Module):
         return self.covariance().diagonal() > rounding.square()
 
     def covariance(self) -> Tensor:
-        """Return the sample covariance; zero where there are fewer than two rows."""
+        """Return the sample covariance, or zeros if there are fewer than two rows."""
         return self.scatter / (self.count - 1).clamp_min(1.0)
 
 
@@ -446,5 +474,5 @@ def whitening(
     trainable: bool = False,
     dim: int = -1,
 ) -> Whitening:
-    """Build a :class:`Whitening`, at first the identity."""
+    """Build a :class:`Whitening`; it is initially the identity."""
     return Whitening(input_dim, method=method, shrinkage=shrinkage, trainable=trainable, dim=dim)
