@@ -50,7 +50,7 @@ VALUE = [
     (lambda: pf.SVDLinear.from_matrix(torch.ones(3, 3)), "invertible"),
     (lambda: pf.SVDLinear.from_matrix(torch.zeros(3, 2)), "(D, D)"),
     (lambda: pf.SVDLinear.from_matrix(torch.full((2, 2), float("inf"))), "finite"),
-    (lambda: pf.LULinear.from_matrix(torch.ones(3, 3)), "LULinear.from_matrix needs an invertible"),
+    (lambda: pf.LULinear.from_matrix(torch.ones(3, 3)), "LULinear.from_matrix: the matrix must be invertible"),
     (lambda: pf.LULinear.from_matrix(torch.zeros(3, 2)), "(D, D)"),
     (lambda: pf.LULinear.from_matrix(torch.full((2, 2), float("inf"))), "finite"),
     (lambda: pf.Diagonal.from_matrix(torch.ones(2, 2)), "diagonal matrix"),

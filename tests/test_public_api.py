@@ -196,3 +196,23 @@ def test_layers_own_no_stray_tensors(name):
         if case.layer == name:
             for module in case.build(case.dims[-1]).modules():
                 assert not [k for k, v in vars(module).items() if isinstance(v, torch.Tensor)]
+
+
+def section(doc, title):
+    """Return the text of a section of a docstring, empty if there is none."""
+    match = re.search(rf"^{title}:\n((?:    .*\n|\n)*)", doc + "\n", re.MULTILINE)
+    return match[1] if match else ""
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_learned_tensors_and_log_det_shapes_are_documented(name):
+    """Users freeze, regularise and load a layer's tensors by name."""
+    layer = getattr(pf, name)
+    doc = inspect.getdoc(layer)
+    assert "log-det" in section(doc, "Shape"), "the Shape section does not give the log-det's shape"
+    made = [case.build(case.dims[-1]) for case in CASES if case.layer == name]
+    made = [module for each in made for module in each.modules() if type(module) is layer]
+    own = {key for module in made for key in (*module._parameters, *module._buffers) if not key.startswith("_")}
+    attributes = section(doc, "Attributes")
+    missing = {key for key in own if not re.search(rf"^    {key}: ", attributes, re.MULTILINE)}
+    assert not missing, f"the Attributes section lacks {sorted(missing)}"

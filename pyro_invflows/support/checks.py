@@ -87,15 +87,15 @@ def invertible_matrix(value: Any, owner: str) -> Tensor:
     """Check that a value is an invertible matrix (D, D), and return it in float64 without its graph."""
     floating_tensor(value, "matrix", owner)
     if value.dim() != 2 or value.shape[0] != value.shape[1]:
-        raise ValueError(f"{owner} needs a (D, D) matrix, but got {tuple(value.shape)}.")
+        raise ValueError(f"{owner}: the matrix must have the shape (D, D), but got {tuple(value.shape)}.")
     if not value.isfinite().all():
-        raise ValueError(f"{owner} needs a finite matrix.")
+        raise ValueError(f"{owner}: the matrix must be finite, but it holds NaN or infinity.")
     matrix = value.detach().double()
     s = torch.linalg.svdvals(matrix)
     if s.min() <= s.max() * len(s) * torch.finfo(value.dtype).eps:
         raise ValueError(
-            f"{owner} needs an invertible matrix, but its singular values reach from {s.max():.3g} down to "
-            f"{s.min():.3g}."
+            f"{owner}: the matrix must be invertible, but its singular values range from {s.min():.3g} to "
+            f"{s.max():.3g}."
         )
     return matrix
 

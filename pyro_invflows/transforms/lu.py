@@ -1,4 +1,4 @@
-r"""A dense linear layer by its triangular factors. With ``dim=-3`` it acts on the channels of every pixel."""
+r"""A dense linear layer given by its triangular factors. With ``dim=-3`` it acts on the channels of each pixel."""
 
 from __future__ import annotations
 
@@ -22,34 +22,37 @@ class LULinear(Bijection):
 
     .. math:: y = P L (\mathrm{diag}(d) + U) x + b, \qquad d = \pm e^{\lambda},
 
-    with P a permutation, L unit lower triangular and U strictly upper triangular. Invertible because no entry of d is
-    zero: its logarithms are learned, its signs and P are fixed. Choose it to mix all elements between other layers: it
-    is the cheapest full matrix. Every invertible matrix has this form for some P and signs (:meth:`from_matrix`). Those
-    of a new layer, P = I and d > 0, reach the matrices whose leading principal minors are all positive.
+    where P is a permutation, L unit lower triangular and U strictly upper triangular. Invertible because no entry of d
+    is zero: the logarithms of \|d\| are learned, and the signs of d and P are fixed. Choose it to mix all elements
+    between other layers: it is the cheapest full matrix. Every invertible matrix has this form for some P and signs
+    (see :meth:`from_matrix`). With those of a new layer, P = I and d > 0, it can become any matrix whose leading
+    principal minors are all positive.
 
-    **Forward**: two triangular products, O(D^2) a point. **Inverse**: two triangular solves, O(D^2) a point. y is
-    reproduced to rounding error; the error of x grows with the condition numbers of the factors. Derivatives of every
-    order in both. **Log-det**: :math:`\sum_i \lambda_i`, once a pixel. **Identity**: the start, exactly.
+    **Forward**: two triangular products, O(D^2) per point. **Inverse**: two triangular solves, O(D^2) per point. y is
+    reproduced to rounding error; the error of x grows with the condition numbers of the factors. Derivatives of all
+    orders in both directions. **Log-det**: :math:`\sum_i \lambda_i`, times the number of pixels of an image.
+    **Identity**: exactly, at initialisation.
 
     Args:
-        input_dim: D.
-        bias: Whether b is learned.
-        dim: Axis of the D elements; ``dim=-3`` is an invertible 1 x 1 convolution.
+        input_dim: Size D of an event along ``dim``.
+        bias: Whether to learn b.
+        dim: Axis of the D elements: -1 for vectors, -3 for an invertible 1 x 1 convolution.
 
     Attributes:
-        triangles: ``(D, D)``. L below the diagonal, U above it, :math:`\lambda` on it.
-        bias: b, ``(D,)``, or None.
-        permutation: Buffer ``(D,)`` of integers: P moves element ``permutation[i]`` to place i.
-        sign_of_scale: Buffer ``(D,)``: the signs of d.
+        triangles: Parameter ``(D, D)``, with L below the diagonal, U above it, and :math:`\lambda` on it.
+        bias: b, a parameter ``(D,)``; None without a bias.
+        permutation: Buffer ``(D,)`` of integers; P moves element ``permutation[i]`` to place i.
+        sign_of_scale: The signs of d, a buffer ``(D,)`` of 1 and -1.
 
     Shape:
-        ``(*B, D) -> (*B, D)``; with ``dim=-3`` ``(*B, D, H, W)``, every pixel alike. The log-det is ``(*B,)``.
+        ``(*B, D) -> (*B, D)``; with ``dim=-3``, ``(*B, D, H, W) -> (*B, D, H, W)``, where every pixel is treated alike;
+        log-det ``(*B,)``.
 
     Raises:
-        ValueError: if the event has another size.
+        ValueError: if an event does not have the size D along ``dim``.
 
-    Differs from Pyro's ``GeneralizedChannelPermute``: the same law, for vectors and images alike, with any batch of
-    parameters; the inverse solves instead of forming an inverse matrix.
+    Differs from Pyro's ``GeneralizedChannelPermute``: it takes vectors as well as images and any batch of parameters,
+    and its inverse solves triangular systems instead of forming an inverse matrix.
 
     References:
         Kingma and Dhariwal (2018), *Glow: generative flow with invertible 1x1 convolutions*, Eq. 10; Oliva et al.
@@ -78,7 +81,7 @@ class LULinear(Bijection):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set P = L = I, U = 0, d = 1 and b = 0: the identity."""
+        """Set P = L = I, U = 0, d = 1 and b = 0, so that the layer is the identity."""
         nn.init.zeros_(self.triangles)
         self.permutation.copy_(torch.arange(self.input_dim))
         nn.init.ones_(self.sign_of_scale)
@@ -89,7 +92,7 @@ class LULinear(Bijection):
     def from_matrix(cls, matrix: Tensor, *, bias: bool = True, dim: int = -1) -> LULinear:
         """Build the layer with ``layer.matrix == matrix`` for any invertible (D, D) matrix.
 
-        The permutation is that of partial pivoting, by which no entry of L exceeds 1.
+        The permutation is that of partial pivoting, so that no entry of L exceeds 1 in absolute value.
 
         Raises:
             ValueError: if the matrix is not square, not finite or singular.
@@ -114,11 +117,11 @@ class LULinear(Bijection):
         """Return P L."""
         ones = torch.ones_like(self.triangles.diagonal(dim1=-2, dim2=-1))
         lower = torch.diagonal_scatter(self.triangles, ones, dim1=-2, dim2=-1).tril()
-        # the rows of the factor, not of the values: those of images are many more
+        # permute the rows of the factor instead of the values, which are many more for images
         return lower.index_select(-2, self.permutation)
 
     def _upper(self) -> Tensor:
-        """Return diag(d) + U, with anything below the diagonal."""
+        """Return diag(d) + U; the entries below the diagonal are arbitrary."""
         diagonal = self.sign_of_scale * self._log_scale().exp()
         return torch.diagonal_scatter(self.triangles, diagonal, dim1=-2, dim2=-1)
 
@@ -126,7 +129,7 @@ class LULinear(Bijection):
         return self.triangles.diagonal(dim1=-2, dim2=-1)
 
     def _aligned(self, parameter: Tensor, event_dims: int) -> Tensor:
-        """Line a parameter ``(*B, *E)`` up with rows: the pixels stand between the batch and the channels."""
+        """Align a parameter ``(*B, *E)`` with rows, by inserting the pixels between the batch and the channels."""
         if parameter.dim() > event_dims:
             for _ in range(-self.dim - 1):
                 parameter = parameter.unsqueeze(-event_dims - 1)
@@ -148,7 +151,7 @@ class LULinear(Bijection):
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         centred = y if self.bias is None else y - _along(self.bias, self.dim)
         rows = centred if self.dim == -1 else centred.movedim(self.dim, -1)
-        # sorted anew: a second buffer could contradict the first
+        # sorted in each call, because a second buffer could contradict the first
         rows = rows.index_select(-1, self.permutation.argsort())
         rows = linalg.solve_for_rows(self._aligned(self.triangles, 2), rows, upper=False, unitriangular=True)
         x = linalg.solve_for_rows(self._aligned(self._upper(), 2), rows, upper=True)
@@ -167,7 +170,7 @@ class LULinear(Bijection):
 
 
 def lu_linear(input_dim: int, *, bias: bool = True, dim: int = -1) -> LULinear:
-    """Build an :class:`LULinear`, at first the identity."""
+    """Build an :class:`LULinear`; it is initially the identity."""
     return LULinear(input_dim, bias=bias, dim=dim)
 
 

@@ -287,8 +287,8 @@ class Slice(Inverted):
 
     .. math:: x = [y, e] \mapsto y, \qquad \log p(y) \approx \log p([y, e]) - \log r(e \mid y).
 
-    Invertible only approximately: e is lost, and the ``noise`` r takes the place of the posterior of e given y. Choose
-    it to let a flow shrink, for example after a :class:`ConcatNoise` in a guide.
+    Invertible only approximately: e is lost, and the ``noise`` r takes the place of the posterior of e given y.
+    Choose it to let a flow shrink, for example after a :class:`ConcatNoise` in a guide.
 
     The density is a **bound**. Its direction depends on the e at which it is evaluated, which ``score`` determines:
 

@@ -32,8 +32,8 @@ class Sylvester(HoldsConstants, Bijection):
     .. math:: y = x + Q R_1 \tanh(R_2 Q^T x + b), \qquad T = R_2 R_1, \quad T_{ii} > -1,
 
     where Q is a D x m matrix with orthonormal columns and :math:`R_1, R_2` are upper triangular. Invertible because the
-    Jacobian within the subspace, :math:`I + T\,\mathrm{diag}(\tanh')`, is triangular with a positive diagonal. Choose
-    it where :class:`Planar` would need many layers: it has m hidden units in one layer.
+    Jacobian within the subspace, :math:`I + T\,\mathrm{diag}(\tanh')`, is triangular with a positive diagonal.
+    Choose it where :class:`Planar` would need many layers: it has m hidden units in one layer.
 
     **Forward**: O(D m) per point after O(D m^2) once, with Q in compact WY form. **Inverse**: the root of :math:`s +
     T \tanh(s) = R_2 Q^T y + b` in m dimensions: diagonal Newton steps for all points, triangular Newton steps for those
