@@ -124,8 +124,8 @@ def _contraction(dim: int) -> torch.nn.Sequential:
     )
 
 
-def fitted(layer: pf.Whitening) -> pf.Whitening:
-    """Fit a whitening layer to correlated rows with a nonzero mean, which depend on the seed."""
+def fitted(layer: pf.ActNorm | pf.Whitening) -> pf.ActNorm | pf.Whitening:
+    """Fit a layer to correlated rows with a nonzero mean, which depend on the seed."""
     if on_meta():
         return layer
     d = layer.input_dim
@@ -194,6 +194,15 @@ CASES = [
         event=image,
         conditional=lambda d, c: pf.conditional_diagonal(d, c, bias=False, dim=-3),
     ),
+    Case("act_norm", "ActNorm", pf.act_norm, conditional=pf.conditional_act_norm),
+    Case(
+        "act_norm_image",
+        "ActNorm",
+        lambda d: fitted(pf.act_norm(d, dim=-3)),
+        dims=(1, 2),
+        event=image,
+        conditional=lambda d, c: pf.conditional_act_norm(d, c, dim=-3),
+    ),
     Case("orthogonal", "Orthogonal", pf.orthogonal, conditional=pf.conditional_orthogonal),
     Case("orthogonal_odd", "Orthogonal", lambda d: pf.orthogonal(d, num_reflections=3, bias=True)),
     Case(
@@ -256,6 +265,7 @@ CASES = [
     ),
     Case("whitening", "Whitening", lambda d: fitted(pf.whitening(d))),
     Case("whitening_pca_cor", "Whitening", lambda d: fitted(pf.whitening(d, method="pca-cor", shrinkage=0.2))),
+    Case("whitening_diagonal", "Whitening", lambda d: fitted(pf.whitening(d, method="diagonal")), dims=(1, 5)),
     Case(
         "whitening_trainable",
         "Whitening",

@@ -15,7 +15,7 @@ from pyro_invflows import call_and_ladj, inv_and_ladj, networks
 
 CONTEXT_DIM = 2
 #: Rows that are set from data or from a matrix, which a reset forgets; they are the identity afterwards.
-GIVEN = {"whitening", "diagonal_negative", "lu_linear_pivoted"}
+GIVEN = {"act_norm_image", "whitening", "diagonal_negative", "lu_linear_pivoted"}
 
 
 def built(make, seed=3):

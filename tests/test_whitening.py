@@ -295,6 +295,33 @@ def test_degenerate_data_stay_invertible_and_it_says_so(name, method, shrinkage,
     close(white.mean(0), torch.zeros(4, dtype=F64), 1e-9)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_diagonal_method_standardises_and_leaves_the_correlations(trainable):
+    data = correlated(200, 5, offset=3.0)
+    layer = pf.whitening(5, method="diagonal", trainable=trainable).double().fit(data)
+    close(layer.matrix, data.std(0).diag(), 1e-12)
+    close(layer.mean, data.mean(0), 1e-12)
+    white, ladj = pf.inv_and_ladj(layer, data)
+    close(white, (data - data.mean(0)) / data.std(0), 1e-12)
+    close(torch.corrcoef(white.T), torch.corrcoef(data.T), 1e-12)
+    close(ladj, -data.std(0).log().sum().expand(200), 1e-12)
+    close(layer.statistics.covariance(), torch.cov(data.T), 1e-12)  # these are complete
+
+
+def test_the_diagonal_method_needs_no_full_rank():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shrinkage in ("oas", 0.0, 0.5):
+            for name in ("rank one", "fewer rows than columns"):
+                data = DEGENERATE[name]()
+                layer = pf.whitening(4, method="diagonal", shrinkage=shrinkage).double().fit(data)
+                close(layer.matrix, data.std(0).diag(), 1e-12)
+    data = DEGENERATE["constant column"]()
+    with pytest.warns(UserWarning, match=r"1 constant column\(s\) keep the scale 1"):
+        layer = pf.whitening(4, method="diagonal").double().fit(data)
+    close(layer.matrix, torch.cat([data[:, :3].std(0), torch.ones(1, dtype=F64)]).diag(), 1e-12)
+
+
 def test_the_warning_points_at_the_call():
     for call in (
         lambda layer: layer.fit(torch.zeros(5, 3)),

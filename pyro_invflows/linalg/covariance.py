@@ -45,8 +45,10 @@ def covariance_roots(scale: Tensor, correlation: Tensor, method: str) -> tuple[T
     Args:
         scale: Standard deviations of the columns, ``(D,)``, positive.
         correlation: Their correlations, ``(D, D)``, positive definite.
-        method: As in ``Whitening``.
+        method: As in ``Whitening``; ``"diagonal"`` takes the identity as the correlations.
     """
+    if method == "diagonal":
+        return scale.diag(), scale.reciprocal().diag()
     if method == "cholesky":
         factor = torch.linalg.cholesky(correlation)
         eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)

@@ -10,6 +10,7 @@ from pyro_invflows.transforms.activations import (
     leaky_relu,
     prelu,
 )
+from pyro_invflows.transforms.actnorm import ActNorm, act_norm, conditional_act_norm
 from pyro_invflows.transforms.bounded import ELU, SELU, Interval, Sigmoid, Tanh, elu, interval, selu, sigmoid, tanh
 from pyro_invflows.transforms.contractive_residual import (
     ContractiveResidual,
@@ -67,6 +68,7 @@ from pyro_invflows.transforms.whitening import Whitening, whitening
 __all__ = [
     "ELU",
     "SELU",
+    "ActNorm",
     "AffineCoupling",
     "Baird",
     "ConcatNoise",
@@ -95,8 +97,10 @@ __all__ = [
     "Sylvester",
     "Tanh",
     "Whitening",
+    "act_norm",
     "affine_coupling",
     "baird",
+    "conditional_act_norm",
     "conditional_affine_coupling",
     "conditional_baird",
     "conditional_contractive_residual",

@@ -1,8 +1,8 @@
 r"""Whitening: an affine layer whose mean and covariance are estimated from data instead of learned by gradients.
 
-Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*, compare the five methods. The statistics are
-kept in float64 and merged pairwise (Chan, Golub and LeVeque 1983), so that a stream of batches gives the same result
-as one pass over all rows. On a device without float64 they stay on the CPU.
+Kessy, Lewin and Strimmer (2018), *Optimal whitening and decorrelation*, compare the methods that whiten. The
+statistics are kept in float64 and merged pairwise (Chan, Golub and LeVeque 1983), so that a stream of batches gives the
+same result as one pass over all rows. On a device without float64 they stay on the CPU.
 """
 
 from __future__ import annotations
@@ -18,12 +18,22 @@ from torch.nn.functional import linear
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.linalg import correlations, covariance_roots, oas_weight, triangular_root
+from pyro_invflows.support.checks import floating_tensor
 from pyro_invflows.support.devices import lacks_float64
+from pyro_invflows.support.moments import (
+    Moments,
+    double,
+    finite_rows,
+    has_spread,
+    moments,
+    refuse_overflow,
+    rounded_copy,
+)
 from pyro_invflows.support.precision import at_least_single
 
 __all__ = ["Whitening", "whitening"]
 
-_METHODS = ("zca", "pca", "cholesky", "zca-cor", "pca-cor")
+_METHODS = ("zca", "pca", "cholesky", "zca-cor", "pca-cor", "diagonal")
 
 
 class Whitening(Bijection):
@@ -56,7 +66,9 @@ class Whitening(Bijection):
             * ``"pca"``: :math:`U \Lambda^{1/2}`, largest eigenvalue first, diagonal of U positive;
             * ``"cholesky"``: the lower triangular factor of :math:`\Sigma` (the paper factorises the precision);
             * ``"zca-cor"``: :math:`V^{1/2} P^{1/2}`; whitened data stay closest to the standardised data;
-            * ``"pca-cor"``: :math:`V^{1/2} G \Theta^{1/2}`.
+            * ``"pca-cor"``: :math:`V^{1/2} G \Theta^{1/2}`;
+            * ``"diagonal"``: :math:`V^{1/2}`, the standard deviations alone. The inverse standardises each column and
+              leaves the correlations as they are.
         shrinkage: Weight :math:`\rho` in :math:`\Sigma = (1 - \rho) S + \rho\, \mathrm{diag}(S)`, by which the
             correlations shrink; S is the sample covariance (with N - 1). Either a number in [0, 1], or ``"oas"``, the
             oracle approximating shrinkage of the correlation matrix, which depends only on S and N and tends to zero
@@ -192,20 +204,9 @@ class Whitening(Bijection):
 
     def _rows(self, data: Tensor) -> Tensor:
         """Check the data and return them as rows ``(N, D)`` in float64."""
-        if not isinstance(data, Tensor) or not data.is_floating_point():
-            kind = data.dtype if isinstance(data, Tensor) else type(data).__name__
-            raise TypeError(f"Whitening: the data must be a floating point tensor, but got {kind}.")
+        floating_tensor(data, "data", "Whitening")
         self.check_event(data.shape, inverse=True)
-        rows = _double(data.detach().movedim(self.dim, -1).reshape(-1, self.input_dim))
-        # the sum is not finite if a row is not, and is far cheaper than checking each element
-        if rows.numel() and not rows.sum().isfinite():
-            bad = int((~rows.isfinite()).any(-1).sum())
-            if bad:
-                raise ValueError(
-                    f"Whitening: the rows must be finite, but {bad} of {len(rows)} hold NaN or infinity. Nothing was "
-                    "added to the statistics. Leave those rows out."
-                )
-        return rows
+        return finite_rows(data, self.dim, "Whitening")
 
     def _roots(self) -> tuple[Tensor, Tensor]:
         """Return A and its inverse for the rows observed."""
@@ -224,6 +225,8 @@ class Whitening(Bijection):
             )
             return (eye := torch.eye(d, dtype=raw.dtype, device=raw.device)), eye
         scale, matrix = correlations(raw, spread)
+        if self.method == "diagonal":
+            matrix = torch.eye(d, dtype=raw.dtype, device=raw.device)
         eigenvalues = torch.linalg.eigvalsh(matrix)
         limit = d * torch.finfo(raw.dtype).eps * eigenvalues[-1]
         missing = int((eigenvalues <= limit).sum())
@@ -256,16 +259,16 @@ class Whitening(Bijection):
 
     @torch.no_grad()
     def _set_map(self, mean: Tensor, colouring: Tensor, whitening: Tensor) -> None:
-        _copy(self.mean, mean)
+        rounded_copy(self.mean, mean)
         if self.trainable:
             # every root of the covariance is a rotation of the triangular one: A = L Q
             factor = triangular_root(colouring)
-            _copy(self.triangle, factor.tril(-1) + factor.diagonal().log().diag())
-            _copy(self.rotation, torch.linalg.solve_triangular(factor, colouring, upper=False))
+            rounded_copy(self.triangle, factor.tril(-1) + factor.diagonal().log().diag())
+            rounded_copy(self.rotation, torch.linalg.solve_triangular(factor, colouring, upper=False))
         else:
-            _copy(self.colouring, colouring)
-            _copy(self.whitening, whitening)
-            _copy(self.log_scale, torch.linalg.slogdet(colouring)[1])
+            rounded_copy(self.colouring, colouring)
+            rounded_copy(self.whitening, whitening)
+            rounded_copy(self.log_scale, torch.linalg.slogdet(colouring)[1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Whitening:
         before = torch.finfo(self.mean.dtype).eps
@@ -284,13 +287,13 @@ class Whitening(Bijection):
     def _sharpen(self) -> None:
         """Make A and its inverse consistent again to all digits, after a change to a more precise dtype."""
         if self.trainable:
-            q, r = torch.linalg.qr(_double(self.rotation))
-            _copy(self.rotation, q * r.diagonal().sign())
+            q, r = torch.linalg.qr(double(self.rotation))
+            rounded_copy(self.rotation, q * r.diagonal().sign())
         else:
-            colouring = _double(self.colouring)
+            colouring = double(self.colouring)
             scale = torch.linalg.vector_norm(colouring, dim=-1, keepdim=True)  # rows may differ in their units
-            _copy(self.whitening, torch.linalg.inv(colouring / scale) / scale.mT)
-            _copy(self.log_scale, torch.linalg.slogdet(colouring)[1])
+            rounded_copy(self.whitening, torch.linalg.inv(colouring / scale) / scale.mT)
+            rounded_copy(self.log_scale, torch.linalg.slogdet(colouring)[1])
 
     # ------------------------------------------------------------------ hooks
 
@@ -335,18 +338,8 @@ class Whitening(Bijection):
 # ---------------------------------------------------------------------- statistics
 
 
-def _double(value: Tensor) -> Tensor:
-    """Convert to float64, on the CPU if the device has no float64."""
-    return (value.cpu() if lacks_float64(value.device) else value).double()
-
-
 def _on_cpu(value: Tensor) -> Tensor:
     return torch.empty_like(value, device="cpu") if value.is_meta else value.cpu()
-
-
-def _copy(target: Tensor, value: Tensor) -> None:
-    """Copy, possibly to another device; round first, because that device may lack the wider dtype."""
-    target.copy_(value.to(target.dtype))
 
 
 class _Moments(nn.Module):
@@ -383,49 +376,9 @@ class _Moments(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
-    @torch.no_grad()
-    def of(self, as_rows: Callable[[Tensor], Tensor], data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return count, mean and scatter of ``data``, together with those of all other processes, if any."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return self._of_all_processes(as_rows, data)
-        rows = as_rows(data)
-        if not len(rows):
-            raise ValueError("Whitening: the data must have at least one row, but got none.")
-        return self._of_rows(rows)
-
-    def _of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        mean = rows.mean(0)
-        centred = rows - mean
-        # correct the rounding of the mean by the mean of the rest, or rows that are all equal would have a spread
-        rest = centred.mean(0)
-        scatter = torch.addmm(torch.outer(rest, rest), centred.mT, centred, beta=-float(len(rows)))
-        return self.count.new_tensor(float(len(rows))), mean + rest, scatter
-
-    def _of_all_processes(self, as_rows: Callable[[Tensor], Tensor], data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        error: Exception | None = None
-        count, mean, scatter = torch.zeros_like(self.count), torch.zeros_like(self.mean), torch.zeros_like(self.scatter)
-        try:
-            rows = as_rows(data)
-            if len(rows):
-                count, mean, scatter = self._of_rows(rows)
-        except (TypeError, ValueError) as refused:  # all must fail together, or the others would wait forever
-            error = refused
-        sums = torch.cat([torch.stack([count.new_tensor(float(error is not None)), count]), count * mean])
-        torch.distributed.all_reduce(sums)
-        if error is not None:
-            raise error
-        if sums[0] > 0:
-            raise ValueError(
-                f"Whitening: the data of all processes must be valid, but {sums[0]:.0f} other processes refused theirs "
-                "(see their errors). Nothing was added to the statistics."
-            )
-        if sums[1] < 1:
-            raise ValueError("Whitening: the data must have at least one row, but all processes together got none.")
-        total = sums[2:] / sums[1]
-        delta = mean - total
-        scatter = scatter + count * torch.outer(delta, delta)
-        torch.distributed.all_reduce(scatter)
-        return sums[1], total, scatter
+    def of(self, as_rows: Callable[[Tensor], Tensor], data: Tensor) -> Moments:
+        """Return the statistics of ``data``, together with those of all other processes, if any."""
+        return moments(lambda: as_rows(data), self.mean, "Whitening")
 
     @torch.no_grad()
     def merge(self, count: Tensor, mean: Tensor, scatter: Tensor) -> None:
@@ -442,11 +395,7 @@ class _Moments(nn.Module):
         Raises:
             ValueError: if these have overflowed; the statistics then stay as they were.
         """
-        if not scatter.sum().isfinite():
-            raise ValueError(
-                "Whitening: the squares of the data must be finite, but some rows are so large that their squares are "
-                "not. Nothing was added to the statistics. Rescale the data."
-            )
+        refuse_overflow(scatter, "Whitening")
         self.count.copy_(count)
         self.mean.copy_(mean)
         self.scatter.copy_(scatter)
@@ -458,8 +407,7 @@ class _Moments(nn.Module):
 
     def spread(self) -> Tensor:
         """Return, for each column, whether its values differ by more than the rounding of their mean."""
-        rounding = 16 * torch.finfo(self.mean.dtype).eps * self.mean
-        return self.covariance().diagonal() > rounding.square()
+        return has_spread(self.mean, self.covariance().diagonal())
 
     def covariance(self) -> Tensor:
         """Return the sample covariance, or zeros if there are fewer than two rows."""
