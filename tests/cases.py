@@ -263,6 +263,37 @@ CASES = [
         event=image,
         conditional=lambda d, c: pf.conditional_affine_coupling(d, c, hidden_dims=[4], dim=-3),
     ),
+    # a smooth network with bounded hidden units: steep splines are checked in test_coupling.py and test_monotone.py
+    Case(
+        "spline_coupling",
+        "SplineCoupling",
+        lambda d: pf.spline_coupling(d, [2], activation=torch.nn.Tanh),
+        conditional=lambda d, c: pf.conditional_spline_coupling(d, c, hidden_dims=[2], activation=torch.nn.Tanh),
+    ),
+    Case(
+        "spline_coupling_last",
+        "SplineCoupling",
+        lambda d: pf.spline_coupling(d, [4], num_bins=3, bound=2.0, keep="last", activation=torch.nn.Tanh),
+        dims=(2, 5),
+    ),
+    Case(
+        "spline_coupling_image",
+        "SplineCoupling",
+        lambda d: pf.spline_coupling(d, [1], num_bins=4, dim=-3, activation=torch.nn.Tanh),
+        dims=(1, 2),
+        event=image,
+        conditional=lambda d, c: pf.conditional_spline_coupling(
+            d, c, hidden_dims=[1], num_bins=4, dim=-3, activation=torch.nn.Tanh
+        ),
+    ),
+    Case(
+        "coupling_sinh_arcsinh",
+        "Coupling",
+        lambda d: pf.Coupling(
+            pf.monotone.SinhArcsinh(), 1, pf.networks.dense_network(1, [8], 2 * (d - 1)), input_dim=d
+        ),
+        dims=(2, 5),
+    ),
     Case("whitening", "Whitening", lambda d: fitted(pf.whitening(d))),
     Case("whitening_pca_cor", "Whitening", lambda d: fitted(pf.whitening(d, method="pca-cor", shrinkage=0.2))),
     Case("whitening_diagonal", "Whitening", lambda d: fitted(pf.whitening(d, method="diagonal")), dims=(1, 5)),

@@ -77,6 +77,12 @@ class _Knots:
         knots[:, -1] = self.bound  # whatever rounding made of the sum
         return knots.view(rows, 2, k + 1, elements)
 
+    def shares_with_graph(self, raw: Tensor) -> Tensor:
+        """Return the same; torch's own softmax cannot be differentiated by autograd over dual numbers."""
+        logits = raw[:, : 2 * self.num_bins].unflatten(1, (2, self.num_bins))
+        size = (logits - logits.detach().amax(2, keepdim=True)).exp()
+        return size / size.sum(2, keepdim=True)
+
     def positions_with_graph(self, shares: Tensor) -> Tensor:
         """The same by operations that torch differentiates."""
         starts = torch.arange(1, self.num_bins, dtype=shares.dtype, device=shares.device)
@@ -218,7 +224,7 @@ def _with_graph(value: Tensor, raw: Tensor, knots: _Knots, inverse: bool) -> tup
     """Return the result and the log-slope by operations that torch differentiates to any order and compiles."""
     rows, elements = value.shape
     k = knots.num_bins
-    positions = knots.positions_with_graph(knots.shares(raw))
+    positions = knots.positions_with_graph(knots.shares_with_graph(raw))
     below = positions[:, int(inverse), 1:k].detach() <= value.detach().unsqueeze(1)
     bins = below.sum(1)
     both = torch.stack((bins, bins + 1), 1).unsqueeze(1).expand(rows, 2, 2, elements)

@@ -19,8 +19,12 @@ from pyro_invflows.transforms.contractive_residual import (
 )
 from pyro_invflows.transforms.coupling import (
     AffineCoupling,
+    Coupling,
+    SplineCoupling,
     affine_coupling,
     conditional_affine_coupling,
+    conditional_spline_coupling,
+    spline_coupling,
 )
 from pyro_invflows.transforms.diagonal import Diagonal, Shift, conditional_diagonal, conditional_shift, diagonal, shift
 from pyro_invflows.transforms.generalized_sylvester import (
@@ -73,6 +77,7 @@ __all__ = [
     "Baird",
     "ConcatNoise",
     "ContractiveResidual",
+    "Coupling",
     "Diagonal",
     "GeneralizedSylvester",
     "Interval",
@@ -94,6 +99,7 @@ __all__ = [
     "SinhArcsinh",
     "Slice",
     "Spline",
+    "SplineCoupling",
     "Sylvester",
     "Tanh",
     "Whitening",
@@ -116,6 +122,7 @@ __all__ = [
     "conditional_shift",
     "conditional_sinh_arcsinh",
     "conditional_spline",
+    "conditional_spline_coupling",
     "conditional_svd_linear",
     "conditional_sylvester",
     "contractive_residual",
@@ -142,6 +149,7 @@ __all__ = [
     "sigmoid",
     "sinh_arcsinh",
     "spline",
+    "spline_coupling",
     "svd_linear",
     "sylvester",
     "tanh",
