@@ -49,7 +49,8 @@ class Bijection(Shaped):
     * :meth:`trace_event`: if the event shape changes, or more is known about it than ``input_dim``.
     * :meth:`reset_parameters`: restores the initial state, constants included. Every layer with parameters of its own
       has one.
-    * ``fit(data)``: sets what is computed from data; returns self.
+    * ``fit(data)``: sets what is computed from data, which are values of the layer's output; returns self.
+      :meth:`Flow.initialize <pyro_invflows.Flow.initialize>` calls it.
     * ``extra_repr``, ``_apply``, ``_load_from_state_dict``: as in any module; call ``super()``.
 
     An author may call :meth:`log_det_shape`, :meth:`check_event`, ``batch_shape``, ``forward_shape``,

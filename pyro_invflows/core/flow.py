@@ -15,9 +15,10 @@ from torch.distributions import Distribution, Transform
 from pyro_invflows.core.chain import Chain
 from pyro_invflows.core.distribution_module import DistributionModule, kind_of, refuse_gradients
 from pyro_invflows.core.flow_distribution import FlowDistribution
+from pyro_invflows.core.initialize import fit_layers
 from pyro_invflows.core.rebind import settled
 from pyro_invflows.networks.network import restart
-from pyro_invflows.support.checks import described
+from pyro_invflows.support.checks import described, floating_tensor
 
 __all__ = ["Flow"]
 
@@ -150,6 +151,45 @@ class Flow(nn.Module):
                 "of this library)."
             )
         return d
+
+    def initialize(self, data: Tensor, context: Tensor | None = None) -> Flow:
+        """Initialise the layers that are fitted to data, such as ``ActNorm`` and ``Whitening``; return the flow.
+
+        The data pass through the flow once, from the last layer to the base. Every layer that has a method ``fit`` is
+        fitted to the values that reach its output, and then passes them on. What a layer does with the processes of
+        ``torch.distributed``, it does here as well: ``ActNorm`` and ``Whitening`` take the rows of all of them.
+
+        In a :class:`Conditional`, the template is fitted as if the hypernetwork returned zeros, as a new one does; the
+        values then pass through the layer that is conditioned on the context. A ``ConcatNoise`` drops its noise, which
+        stays as it is; a ``Slice`` draws what it had dropped. A layer inside :class:`Inverted` is not fitted, with a
+        warning, because the data reach its input.
+
+        Args:
+            data: ``(*N, *E)``, where E is an event of the flow.
+            context: ``(*N, context_dim)``, if the flow is conditional.
+
+        Raises:
+            TypeError: if the data are not a floating point tensor of the layers' dtype.
+            ValueError: if a context is missing or not needed; if a layer refuses the values that reach it (the layers
+                behind it are then fitted already).
+
+        Example:
+            >>> flow = Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [ActNorm(3), Orthogonal(3), ActNorm(3)])
+            >>> data = 5.0 + 3.0 * torch.randn(1000, 3)
+            >>> z = flow.initialize(data).transforms.inv(data)
+            >>> torch.allclose(z.mean(0), torch.zeros(3), atol=1e-5), torch.allclose(z.std(0), torch.ones(3))
+            (True, True)
+        """
+        floating_tensor(data, "data", "Flow.initialize")
+        if self.is_conditional and context is None:
+            raise ValueError(
+                "Flow.initialize: a flow with conditional parts needs a context; call initialize(data, context)."
+            )
+        if context is not None and not self.is_conditional:
+            raise ValueError("Flow.initialize: this flow has no conditional part; call initialize(data).")
+        for part in reversed(self.transforms) if self.is_conditional else [self.transforms]:
+            data = fit_layers(part, data, context)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name in ("log_prob", "sample", "rsample", "rsample_and_log_prob"):
