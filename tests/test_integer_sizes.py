@@ -72,6 +72,8 @@ SIZES = {
     "hidden_dim": lambda i: pf.sylvester(i(4), i(2), num_reflections=i(3)),
     "generalized": lambda i: pf.generalized_sylvester(i(4), [i(5)], num_reflections=i(2), context_dim=i(2)),
     "default widths": lambda i: pf.generalized_sylvester(i(30)),
+    "autoregressive": lambda i: pf.affine_autoregressive(i(3), [i(4)], ordering=[i(2), i(0), i(1)], context_dim=i(2)),
+    "bins": lambda i: pf.spline_autoregressive(i(3), [i(4)], num_bins=i(4)),
     "rank": lambda i: pf.low_rank_linear(i(4), i(2)),
     "residual": lambda i: pf.low_rank_residual(i(9), i(2)),
     "default rank": lambda i: pf.low_rank_linear(i(4)),

@@ -35,7 +35,7 @@ def snake(name: str) -> str:
 #: Layers made from a transform, not from a size; Conditional does not amortise its parameters.
 WRAPS = {"NumericalInverse": pyro.distributions.transforms.planar(4)}
 #: Layers made from a function of one variable; its own layers have factories.
-FROM_FUNCTION = {"Coupling", "Monotone"}
+FROM_FUNCTION = {"Autoregressive", "Coupling", "Monotone"}
 #: Factories whose name is not the snake_case of the class.
 FACTORY = {"PReLU": "prelu", "LeakyReLU": "leaky_relu"}
 

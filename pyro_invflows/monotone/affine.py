@@ -47,6 +47,13 @@ class Affine(MonotoneFunction):
         log_scale = bounded(raw_scale, self.max_log_scale)
         return (y - shift) * (-log_scale).exp(), log_scale
 
+    @torch.no_grad()
+    def root(self, y: Tensor, raw: Tensor) -> Tensor:
+        m = self.max_log_scale
+        raw_scale, shift = raw.unbind(-2)
+        minus_log_scale = torch.rsub(torch.sigmoid(raw_scale if m == 2 else raw_scale * (2 / m)), m, alpha=2 * m)
+        return minus_log_scale.exp_() * (y - shift)
+
 
 @dataclass(frozen=True)
 class Additive(MonotoneFunction):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_invflows.support.derivatives import outside_inference_mode
 from pyro_invflows.support.precision import HALF, is_autocast, without_autocast
 
 __all__ = ["MonotoneFunction", "bounded", "evaluate"]
@@ -66,6 +67,14 @@ class MonotoneFunction:
     def inverse(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return x and ``log dy/dx`` there: the log-slope of the forward function."""
         raise NotImplementedError(f"{type(self).__name__} must define inverse(y, raw) -> x, log_slope.")
+
+    @outside_inference_mode
+    def root(self, y: Tensor, raw: Tensor) -> Tensor:
+        """Return x alone, up to rounding and without a graph. Override it where that is faster.
+
+        For solvers, which check the result and may call it in inference mode. It need not increase to the last digit.
+        """
+        return self.inverse(y, raw)[0]
 
 
 def bounded(raw: Tensor, bound: float) -> Tensor:

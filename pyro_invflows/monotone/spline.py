@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -168,11 +169,12 @@ def _smooth_inverse(eta: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Ten
     With :math:`q = d_0 (1 - \eta) - d_1 \eta` the discriminant is :math:`q^2 + 4 s^2 \eta (1 - \eta)`.
     """
     rest, twice = 1 - eta, 2 * s
-    q = d0 * rest - d1 * eta
-    root = (q * q + (twice * eta) * (twice * rest)).sqrt() + q.abs()
+    q = torch.addcmul(d0 * rest, d1, eta, value=-1)
+    of_eta, of_rest = twice * eta, twice * rest
+    root = torch.addcmul(q * q, of_eta, of_rest).sqrt() + q.abs()
     low = q >= 0
-    left = torch.where(low, twice * eta, root)
-    right = torch.where(low, root, twice * rest)
+    left = torch.where(low, of_eta, root)
+    right = torch.where(low, root, of_rest)
     total = left + right
     return left / total, right / total
 
@@ -250,6 +252,27 @@ def _with_graph(value: Tensor, raw: Tensor, knots: _Knots, inverse: bool) -> tup
         result = torch.where(outside, value, result)
         log_slope = log_slope.masked_fill(outside, 0.0)
     return result, log_slope
+
+
+def _root(value: Tensor, raw: Tensor, knots: _Knots) -> Tensor:
+    """Return the inverse alone, without a graph, in as few operations as possible. Arguments as in :func:`_evaluate`.
+
+    For splines on an interval.
+    """
+    k = knots.num_bins
+    positions = knots.positions(knots.shares(raw))
+    bins = (positions[:, 1, 1:k] <= value.unsqueeze(1)).sum(1)
+    slopes = F.pad(raw[:, 2 * k :], (0, 0, 1, 1))  # raw ones; both ends have the slope 1
+    table = torch.cat((positions, slopes.unsqueeze(1)), 1).expand(len(value), -1, -1, -1)
+    both = torch.stack((bins, bins + 1), 1).unsqueeze(1).expand(-1, 3, -1, -1)
+    ends = table.gather(2, both)  # (N, x, y and slope, low and high, E)
+    low = ends[:, :2, 0]
+    width, height = (ends[:, :2, 1] - low).unbind(1)
+    d0, d1 = bounded(ends[:, 2], _LARGEST_LOG_SLOPE).exp_().unbind(1)
+    start, base = low.unbind(1)
+    eta = (value - base).div_(height).clamp_(0, 1)
+    xi, _ = _smooth_inverse(eta, height / width, d0, d1)
+    return torch.where(value.abs() >= knots.bound, value, torch.addcmul(start, width, xi))
 
 
 class _Spline(torch.autograd.Function):
@@ -348,6 +371,14 @@ def _gradients(
 
 def _spline(value: Tensor, raw: Tensor, knots: _Knots, inverse: bool) -> tuple[Tensor, Tensor]:
     """Evaluate a spline for any batch shapes."""
+    value, raw, shape = _flat(value, raw)
+    evaluate = _Spline.apply if in_plain_eager_mode() else _with_graph
+    result, log_slope = evaluate(value, raw, knots, inverse)
+    return result.view(shape), log_slope.view(shape)
+
+
+def _flat(value: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """Return both with one batch dimension, and the shape of the result."""
     batch = torch.broadcast_shapes(value.shape[:-1], raw.shape[:-2])
     elements = value.shape[-1]
     rows = batch.numel()
@@ -356,9 +387,7 @@ def _spline(value: Tensor, raw: Tensor, knots: _Knots, inverse: bool) -> tuple[T
         raw = raw.reshape(1, *raw.shape[-2:])
     else:
         raw = raw.expand(*batch, *raw.shape[-2:]).reshape(rows, *raw.shape[-2:])
-    evaluate = _Spline.apply if in_plain_eager_mode() else _with_graph
-    result, log_slope = evaluate(value, raw, knots, inverse)
-    return result.view(*batch, elements), log_slope.view(*batch, elements)
+    return value, raw, torch.Size((*batch, elements))
 
 
 @dataclass(frozen=True)
@@ -411,6 +440,11 @@ class RationalQuadraticSpline(MonotoneFunction):
 
     def inverse(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         return _spline(y, raw, self._knots, inverse=True)
+
+    @torch.no_grad()
+    def root(self, y: Tensor, raw: Tensor) -> Tensor:
+        y, raw, shape = _flat(y, raw)
+        return _root(y, raw, self._knots).view(shape)
 
 
 @dataclass(frozen=True)

@@ -113,5 +113,8 @@ def value_and_slope(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if type(activation) is nn.Tanh:
         h = torch.tanh(x)
         return h, 1 - h * h
+    if type(activation) is nn.ReLU:
+        h = torch.relu(x)
+        return h, (h > 0).to(x.dtype)
     value, slope, *_ = torch.func.jvp(out_of_place(activation), (x,), (torch.ones_like(x),))
     return value, slope

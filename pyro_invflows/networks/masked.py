@@ -1,6 +1,7 @@
-"""Masked autoregressive networks: output i sees only the inputs before i.
+"""Masked autoregressive networks: the outputs for a coordinate see only the coordinates before it.
 
-Germain et al. (2015), *MADE: Masked autoencoder for distribution estimation*, Eqs. 8 to 13.
+Germain et al. (2015), *MADE: Masked autoencoder for distribution estimation*, Eqs. 8 to 13. The hidden units stand in
+the order of their degrees: the units that a coordinate needs are the first ones of every layer, a slice.
 """
 
 from __future__ import annotations
@@ -61,27 +62,34 @@ def masked_network(
     num_outputs: int,
     *,
     context_dim: int = 0,
+    ordering: Sequence[int] | None = None,
     activation: Callable[[], nn.Module] = nn.Tanh,
     zero_output: bool = False,
 ) -> nn.Sequential:
-    """Build an autoregressive network: its outputs for coordinate i depend on the inputs before i and on the context.
+    """Build an autoregressive network: its outputs for a coordinate depend on those before it and on the context.
 
     Args:
         input_dim: Number D of coordinates; if it is 1, the outputs depend on the context only.
         hidden_dims: Widths of the hidden layers; a layer of width 0 passes nothing on, and the outputs are constant.
         num_outputs: Number of outputs for each coordinate.
         context_dim: Width of a context that is appended to the inputs; every output may depend on it.
+        ordering: The coordinates (0 to D - 1) in the order in which they depend on each other, the first one on none;
+            default as they stand.
         activation: Constructor of the activation between the layers.
         zero_output: Initialise the last layer with zeros, so that the output is zero for every input.
 
     Returns:
-        ``nn.Sequential``, ``(*B, D + context_dim) -> (*B, num_outputs * D)``; the first D outputs belong to the
-        coordinates 1 to D, the next D again, and so on.
+        ``nn.Sequential``, ``(*B, D + context_dim) -> (*B, num_outputs * D)``; the first D outputs belong to the D
+        coordinates as they stand, the next D again, and so on: a view of the shape ``(*B, num_outputs, D)``.
+
+    Raises:
+        ValueError: if ``ordering`` is not a permutation of the coordinates.
     """
     input_dim = positive_int(input_dim, "input_dim", "masked_network")
     num_outputs = positive_int(num_outputs, "num_outputs", "masked_network")
     context_dim = positive_int(context_dim, "context_dim", "masked_network", minimum=0)
-    degrees = [[*range(1, input_dim + 1), *[0] * context_dim]]
+    places = _places(ordering, input_dim)
+    degrees = [[*(place + 1 for place in places), *[0] * context_dim]]
     activation_constructor(activation, "masked_network")
     # A unit of degree k sees the inputs up to k; a unit of degree 0 sees the context only.
     lowest = 0 if context_dim or input_dim == 1 else 1
@@ -89,11 +97,26 @@ def masked_network(
         count = max(input_dim - lowest, 1)  # number of degrees; a layer with fewer units skips some, evenly
         spread = [k % count if width >= count else k * count // width for k in range(width)]
         spread = [min(k + lowest, input_dim - 1) for k in spread]
-        degrees.append(spread or [-1])  # for a width of 0, one unit that sees nothing: torch has no empty layers
-    degrees.append([*range(input_dim)] * num_outputs)
+        degrees.append(
+            sorted(spread) or [-1]
+        )  # for a width of 0, one unit that sees nothing: torch has no empty layers
+    degrees.append(places * num_outputs)
     layers: list[nn.Module] = []
     for i, (sources, targets) in enumerate(pairwise(degrees)):
         if i:
             layers.append(activation())
         layers.append(MaskedLinear(sources, targets))
     return Network(*layers, zero_output=zero_output)
+
+
+def _places(ordering: Sequence[int] | None, input_dim: int) -> list[int]:
+    """Return the place of each coordinate in an ordering."""
+    order = list(range(input_dim)) if ordering is None else [int(i) for i in ordering]
+    if sorted(order) != list(range(input_dim)):
+        raise ValueError(
+            f"masked_network: ordering must hold each of the coordinates 0 to {input_dim - 1} once, but got {order}."
+        )
+    places = [0] * input_dim
+    for place, coordinate in enumerate(order):
+        places[coordinate] = place
+    return places

@@ -39,6 +39,7 @@ def implicit_gradient(
     order: int = 1,
     diagonal: Callable[[Tensor], Tensor] | None = None,
     jacobian: Callable[[Tensor], Tensor] | None = None,
+    transposed: Callable[[Tensor, Tensor], Tensor] | None = None,
     solver: Anderson | FixedPoint | Newton | None = None,
     owner: str = "implicit_gradient",
 ) -> Tensor:
@@ -60,9 +61,11 @@ def implicit_gradient(
         order: Order of derivatives that is needed. 1 keeps the graph of one evaluation, and second derivatives raise an
             error; 2 (dense and elementwise) takes two Newton steps with a graph, which are more expensive and right for
             derivatives up to the third.
-        diagonal: ``x -> diag(J)``, without a graph; required for ``"autoregressive"``.
+        diagonal: ``x -> diag(J)``, without a graph; required for ``"autoregressive"``, unless ``transposed`` is given.
         jacobian: ``x -> J`` ``(*B, E, E)`` for the dense structure, if it is known in closed form; with a graph if
             autograd is recording.
+        transposed: ``x, g -> v`` with ``J^T v = g``, without a graph, for the autoregressive structure, if there is a
+            direct way; else by sweeps.
         solver: For ``"iterative"``: the solver of the linear system, with its own tolerance.
         owner: Name used in error messages.
 
@@ -89,7 +92,7 @@ def implicit_gradient(
         raise ValueError(f"{owner}: order must be 1, or 2 if the structure is dense or elementwise, but got {order!r}.")
     if solver is not None:
         check_solver(solver, (Anderson, FixedPoint, Newton), owner)
-    if structure == "autoregressive" and diagonal is None:
+    if structure == "autoregressive" and diagonal is None and transposed is None:
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
     if not torch.compiler.is_compiling() and is_tracing():
         raise NotImplementedError(
@@ -119,7 +122,9 @@ def implicit_gradient(
     value = residual(x)
     if not value.requires_grad and not _is_dual(value):
         return x
-    return _Attach.apply(value, x, residual, structure, event_dim, diagonal, jacobian, solver or Anderson(), owner)
+    return _Attach.apply(
+        value, x, residual, structure, event_dim, diagonal, jacobian, transposed, solver or Anderson(), owner
+    )
 
 
 def _is_dual(value: Tensor) -> bool:
@@ -174,11 +179,13 @@ class _Attach(torch.autograd.Function):
         event_dim: int,
         diagonal: Callable[[Tensor], Tensor] | None,
         jacobian: Callable[[Tensor], Tensor] | None,
+        transposed: Callable[[Tensor, Tensor], Tensor] | None,
         solver: Any,
         owner: str,
     ) -> Tensor:
         ctx.residual, ctx.structure, ctx.event_dim = residual, structure, event_dim
-        ctx.diagonal, ctx.jacobian, ctx.solver, ctx.owner = diagonal, jacobian, solver, owner
+        ctx.diagonal, ctx.jacobian, ctx.transposed = diagonal, jacobian, transposed
+        ctx.solver, ctx.owner = solver, owner
         ctx.x = x  # a constant
         ctx.save_for_backward(value)
         ctx.save_for_forward(value)
@@ -189,7 +196,7 @@ class _Attach(torch.autograd.Function):
         with without_autocast(grad):
             v = _solve_transposed(ctx, grad.detach())
         (result,) = first_order_only([-v], (grad, *ctx.saved_tensors), ctx.owner + _FIRST_ORDER)
-        return result, *(None,) * 8
+        return result, *(None,) * 9
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
@@ -214,6 +221,8 @@ def _solve_transposed(ctx: Any, grad: Tensor) -> Tensor:
     """Return v with ``J^T v = grad``."""
     if ctx.jacobian is not None:
         return _solve_dense(ctx.jacobian(ctx.x), grad)
+    if ctx.transposed is not None:
+        return ctx.transposed(ctx.x, grad)
     with torch.enable_grad():
         x = ctx.x.detach().requires_grad_()
         value = ctx.residual(x)

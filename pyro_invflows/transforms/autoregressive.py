@@ -1,0 +1,467 @@
+r"""Autoregressive layers: each coordinate through a function whose parameters are made of the coordinates before it.
+
+Kingma et al. (2016), *Improving variational inference with inverse autoregressive flow*; Papamakarios et al. (2017),
+*Masked autoregressive flow for density estimation*; Durkan et al. (2019), *Neural spline flows*, for the splines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_invflows.core.conditional import conditional_factory
+from pyro_invflows.core.kinds import ContextLayer
+from pyro_invflows.monotone import Affine, MonotoneFunction, RationalQuadraticSpline, evaluate
+from pyro_invflows.networks import masked_network
+from pyro_invflows.networks.calling import call_network
+from pyro_invflows.networks.coordinatewise import (
+    MaskedLayers,
+    masked_layers,
+    solve_by_coordinates,
+    solve_transposed_by_coordinates,
+)
+from pyro_invflows.networks.dense import default_hidden_dims
+from pyro_invflows.solvers import Sweeps, finish, implicit_gradient
+from pyro_invflows.solvers.settings import chosen_settings
+from pyro_invflows.solvers.solution import in_transform, row_max
+from pyro_invflows.support.checks import described, positive_int
+from pyro_invflows.support.precision import at_least_single, full_precision
+
+__all__ = [
+    "AffineAutoregressive",
+    "Autoregressive",
+    "SplineAutoregressive",
+    "affine_autoregressive",
+    "conditional_affine_autoregressive",
+    "conditional_spline_autoregressive",
+    "spline_autoregressive",
+]
+
+
+class Autoregressive(ContextLayer):
+    r"""Sends each coordinate through an increasing function whose parameters depend on the coordinates before it.
+
+    .. math:: y_i = f(x_i; \theta_i(x_{<i})),
+
+    with f a function of :mod:`pyro_invflows.monotone` and :math:`\theta` a masked network (of a context, too).
+    Invertible for any network, because the Jacobian is triangular with the slopes of f, which are positive, on its
+    diagonal. Choose it where couplings are not flexible enough: every coordinate depends on all before it, and both
+    directions stay cheap.
+
+    **Forward**: one evaluation of the network; derivatives of every order that the network and f have. **Inverse**:
+    exact, coordinate by coordinate; each hidden unit of a :func:`~pyro_invflows.networks.masked_network` is computed
+    once, so that the products cost as much as one evaluation. The residual in y is checked; rows in which rounding left
+    more than the tolerance are polished by sweeps. First derivatives in reverse mode by one triangular solve, the same
+    walk from the last coordinate down; second ones raise ``NotImplementedError``. Under ``torch.func`` and while
+    compiling, D sweeps with a graph, with derivatives of every order. Any other network is inverted by sweeps, at most
+    D. **Log-det**: the sum of the log-slopes, from the same evaluation. **Identity**: where the network's output is
+    zero, as at the start of :func:`affine_autoregressive` and :func:`spline_autoregressive`.
+
+    Args:
+        function: f, such as ``pyro_invflows.monotone.MixtureCDF()``.
+        hypernet: Network from x (with the context behind it) to the P parameters of each of the D coordinates,
+            ``(*B, P * D)``: the first parameter of all coordinates first. Those of a coordinate must depend only on the
+            coordinates before it, in some order; :func:`~pyro_invflows.networks.masked_network` builds such networks,
+            with ``num_outputs=function.num_parameters``. The layer cannot check this for other networks. It must not
+            write to its input; one that begins with a module with ``inplace=True`` receives a copy.
+        context_dim: Width of the context that the network also takes (see :class:`~pyro_invflows.Conditional`); while
+            not conditioned, the context is zero.
+        input_dim: D, where it should be checked; known for networks of ``masked_network``.
+        solver: Tolerances, the bound on the sweeps (D), and what happens on failure; default ``solvers.Sweeps()``.
+        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+        rtol: Relative tolerance, likewise.
+        max_steps: Bound on the sweeps, likewise.
+        on_failure: What happens to rows that did not converge, likewise.
+
+    Attributes:
+        hypernet: The network, with its parameters.
+        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``, log-det ``(*B,)``.
+
+    Raises:
+        TypeError: if ``function`` is not a :class:`~pyro_invflows.monotone.MonotoneFunction`, or ``hypernet`` is not a
+            module.
+        ValueError: if the network is for another number of parameters, coordinates or context elements.
+        ConvergenceError: in the inverse, where rounding keeps a row above the tolerance, or the network is not
+            autoregressive. A y that is not finite gives NaN.
+
+    Differs from Pyro's ``AffineAutoregressive`` and ``SplineAutoregressive``: both directions work on any data, and the
+    inverse costs a few evaluations of the network instead of D.
+
+    References:
+        Kingma et al. (2016), Eqs. 9-10; Papamakarios et al. (2017), Eqs. 3-5; Germain et al. (2015), *MADE*.
+
+    Example:
+        >>> from pyro_invflows.monotone import MixtureCDF
+        >>> from pyro_invflows.networks import masked_network
+        >>> function = MixtureCDF(num_components=3)
+        >>> layer = Autoregressive(function, masked_network(4, [16], function.num_parameters))
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        function: MonotoneFunction,
+        hypernet: nn.Module,
+        *,
+        context_dim: int = 0,
+        input_dim: int | None = None,
+        solver: Sweeps | None = None,
+        atol: float | None = None,
+        rtol: float | None = None,
+        max_steps: int | None = None,
+        on_failure: str | None = None,
+        cache_size: int = 1,
+    ) -> None:
+        owner = type(self).__name__
+        if not isinstance(function, MonotoneFunction):
+            raise TypeError(
+                f"{owner}: function must be one of pyro_invflows.monotone, such as Affine(), or derive from "
+                f"MonotoneFunction, but got {described(function)}"
+            )
+        if function.domain is not constraints.real:
+            raise ValueError(
+                f"{owner}: function must act on all real numbers, but {function!r} acts on {function.domain}. Use a "
+                "RationalQuadraticSpline, or the function with learned constants."
+            )
+        if not isinstance(hypernet, nn.Module):
+            raise TypeError(
+                f"{owner}: hypernet must be a module, so that its parameters are the layer's, but got "
+                f"{described(hypernet)}"
+            )
+        masked = masked_layers(hypernet)
+        if masked is not None and input_dim is None:
+            input_dim = masked.layout.input_dim
+        super().__init__(input_dim, context_dim=context_dim, cache_size=cache_size)
+        self.function = function
+        self.hypernet = hypernet
+        self.solver = chosen_settings(
+            Sweeps(), solver, owner, atol=atol, rtol=rtol, max_steps=max_steps, on_failure=on_failure
+        )
+        if masked is not None:
+            self._check_network(masked)
+
+    def _check_network(self, masked: MaskedLayers) -> None:
+        """Check a masked network, whose sizes are known."""
+        given = masked.layout.input_dim, masked.layout.num_outputs, masked.linear[0].in_features
+        wanted = self.input_dim, self.function.num_parameters, masked.layout.input_dim + self.context_dim
+        if given != wanted:
+            raise ValueError(
+                f"{type(self).__name__}: {self.function!r} has {wanted[1]} parameters, so the network must be "
+                f"masked_network({self.input_dim}, hidden_dims, {wanted[1]}, context_dim={self.context_dim}), but got "
+                f"one for {given[0]} coordinates, {given[1]} outputs for each, and a context of {given[2] - given[0]}."
+            )
+
+    def _raw(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Return theta at x, ``(*batch, P, D)``; the context of some rows may be given."""
+        joined = torch.cat([x, *context], dim=-1) if context else self.with_context(x)
+        raw = call_network(self.hypernet, joined, owner=type(self).__name__)
+        count, size = self.function.num_parameters, x.shape[-1]
+        if raw.shape != (*joined.shape[:-1], count * size):  # one that broadcasts would make the log-det wrong
+            raise ValueError(
+                f"{type(self).__name__}: {self.function!r} has {count} parameters ({self.function.raw_names}), so for "
+                f"an input of shape {tuple(joined.shape)} the network must return the shape "
+                f"{(*joined.shape[:-1], count * size)}, but it returned {tuple(raw.shape)}."
+            )
+        return raw.unflatten(-1, (count, size))
+
+    def _push(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and the log-slopes at x."""
+        raw = self._raw(x, *context)
+        y, log_slope = evaluate(self.function, x.expand(*raw.shape[:-2], -1), raw, inverse=False)
+        return y, torch.zeros_like(y) if log_slope is None else log_slope
+
+    @at_least_single
+    def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._push(x)
+
+    @full_precision
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.context_dim:
+            y = y.expand(*self.context_of(y).shape[:-1], -1)
+        if in_transform(y):
+            x = self._sweep_with_graph(y)
+            return x, self._push(x)[1]
+        with torch.no_grad():
+            x, log_slope = self._solve(y.detach())
+        if not torch.is_grad_enabled():
+            return x, log_slope
+        x = implicit_gradient(
+            lambda x: self._push(x)[0] - y,
+            x,
+            structure="autoregressive",
+            diagonal=lambda x: self._push(x)[1].exp(),
+            transposed=None if masked_layers(self.hypernet) is None else self._solve_transposed,
+            owner=type(self).__name__,
+        )
+        return x, self._push(x)[1]
+
+    def _solve(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and the log-slopes there, without a graph."""
+        masked = masked_layers(self.hypernet)
+        x = y
+        if masked is not None and y.numel():
+            flat, context = self._rows(y)
+            x = solve_by_coordinates(masked, flat, context, self.function.root).reshape(y.shape)
+        image, log_slope = self._push(x)
+        atol, rtol = self.solver.tolerances(y.dtype)
+        tolerance = atol + rtol * row_max(y, 1)
+        residual = image - y
+        if (row_max(residual, 1) <= tolerance).all() or (
+            row_max(_relative(residual, x, log_slope), 1) <= tolerance
+        ).all():
+            return x, log_slope
+        x = self._sweep(x, y)
+        return x, self._push(x)[1]
+
+    def _sweep(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sweep from x until every row meets its tolerance."""
+        arguments: tuple[Tensor, ...] = (y, self.context_of(y)) if self.context_dim else (y,)
+
+        def residual(x: Tensor, y: Tensor, *context: Tensor) -> Tensor:
+            image, log_slope = self._push(x, *context)
+            return _relative(image - y, x, log_slope)
+
+        def sweep(_: Any, x: Tensor, r: Tensor, state: Any, arguments: Any, seeking: Any) -> tuple[Tensor, Tensor, Any]:
+            y, *context = arguments
+            (raw,) = state
+            x = self.function.inverse(y, raw)[0]
+            raw = self._raw(x, *context)  # at the new point: the next sweep needs no other evaluation
+            image, log_slope = self.function.forward(x, raw)
+            return x, _relative(image - y, x, log_slope), (raw,)
+
+        solution = self.solver(residual, x, *arguments, sweep=sweep, state=(self._raw(x, *arguments[1:]),), scale=y)
+        return finish(solution, type(self).__name__, self.solver, given=y)
+
+    def _sweep_with_graph(self, y: Tensor) -> Tensor:
+        """Take all D sweeps: exact, and so are their derivatives."""
+        x = y
+        for _ in range(y.shape[-1]):
+            x = self.function.inverse(y, self._raw(x))[0]
+        return x
+
+    def _solve_transposed(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return v with ``J^T v = grad`` at x."""
+        masked = masked_layers(self.hypernet)
+        assert masked is not None
+        flat, context = self._rows(x)
+        raw = self._raw(x).detach().reshape(len(flat), -1, flat.shape[-1])
+        with torch.enable_grad():
+            raw.requires_grad_()
+            y, log_slope = self.function.forward(flat, raw)
+            (by_raw,) = torch.autograd.grad(y.sum(), raw)
+        slope = torch.ones_like(y) if log_slope is None else log_slope.detach().exp()
+        v = solve_transposed_by_coordinates(masked, flat, context, grad.reshape(flat.shape), slope, by_raw)
+        return v.reshape(grad.shape)
+
+    def _rows(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a value and the context for it, each with one batch dimension."""
+        flat = value.reshape(-1, value.shape[-1])
+        if not self.context_dim:
+            return flat, None
+        return flat, self.context_of(value).reshape(-1, self.context_dim).to(value.dtype)  # it may be in half precision
+
+    @at_least_single
+    def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
+        return aux.sum(-1)
+
+    def extra_repr(self) -> str:
+        parts = [] if self.input_dim is None else [str(self.input_dim)]
+        parts.append(repr(self.function))
+        if self.context_dim:
+            parts.append(f"context_dim={self.context_dim}")
+        return ", ".join(parts)
+
+
+def _relative(residual: Tensor, x: Tensor, log_slope: Tensor | None) -> Tensor:
+    """Return a residual in y, relative to what the rounding of x amounts to in y."""
+    scale = 1 + x.abs()
+    return residual / (1 + scale if log_slope is None else 1 + scale * log_slope.exp())
+
+
+class AffineAutoregressive(Autoregressive):
+    r"""Scales and shifts each coordinate by what a masked network makes of the coordinates before it.
+
+    .. math:: y_i = x_i\, e^{s_i(x_{<i})} + t_i(x_{<i}),
+
+    with the log-scale :math:`s = m \tanh(\tilde s / m)` of the network's output :math:`(\tilde s, t)`: the
+    :class:`Autoregressive` layer of :class:`~pyro_invflows.monotone.Affine`. Invertible because the Jacobian is
+    triangular with :math:`e^{s_i}` on its diagonal. Choose it as the fastest of its kind; ``Inverted`` for density
+    estimation in one pass (a masked autoregressive flow).
+
+    **Forward**, **Inverse**, **Log-det**, **Identity**: as in :class:`Autoregressive`.
+
+    Args:
+        hypernet: Masked network to ``2 D`` elements, the raw log-scales first; see :class:`Autoregressive`.
+        context_dim: As in :class:`Autoregressive`.
+        max_log_scale: The bound m.
+        **settings: ``input_dim``, ``solver``, ``atol``, ``rtol``, ``max_steps``, ``on_failure`` and ``cache_size``, as
+            in :class:`Autoregressive`.
+
+    Attributes:
+        hypernet: The network, with its parameters.
+        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``, log-det ``(*B,)``.
+
+    Raises:
+        ValueError: if ``max_log_scale`` is not positive; and as in :class:`Autoregressive`.
+
+    References:
+        Papamakarios et al. (2017), Eqs. 3-5; the bound after Ardizzone et al. (2019), *Analyzing inverse problems with
+        invertible neural networks*.
+
+    Example:
+        >>> from pyro_invflows.networks import masked_network
+        >>> layer = AffineAutoregressive(masked_network(3, [16], 2))
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
+        True
+    """
+
+    def __init__(self, hypernet: nn.Module, *, context_dim: int = 0, max_log_scale: float = 2.0, **settings: Any):
+        super().__init__(Affine(max_log_scale), hypernet, context_dim=context_dim, **settings)
+
+
+class SplineAutoregressive(Autoregressive):
+    r"""Bends each coordinate by a spline that a masked network makes of the coordinates before it.
+
+    .. math:: y_i = f(x_i; \theta_i(x_{<i})), \qquad y_i = x_i \text{ for } |x_i| \ge B,
+
+    with f a monotone rational-quadratic spline of K bins on [-B, B]: the :class:`Autoregressive` layer of
+    :class:`~pyro_invflows.monotone.RationalQuadraticSpline`. Invertible because the Jacobian is triangular and each
+    spline increases. Choose it for densities with sharp edges or several modes, on data of about unit scale.
+
+    **Forward**, **Inverse**, **Log-det**, **Identity**: as in :class:`Autoregressive`.
+
+    Args:
+        hypernet: Masked network to ``(3 K - 1) D`` elements: the logits of the widths, then of the heights, then the
+            log-slopes; see :class:`Autoregressive`.
+        context_dim: As in :class:`Autoregressive`.
+        num_bins: K, at least 2.
+        bound: B.
+        **settings: ``input_dim``, ``solver``, ``atol``, ``rtol``, ``max_steps``, ``on_failure`` and ``cache_size``, as
+            in :class:`Autoregressive`.
+
+    Attributes:
+        hypernet: The network, with its parameters.
+        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
+
+    Shape:
+        ``(*B, D) -> (*B, D)``, log-det ``(*B,)``.
+
+    Raises:
+        ValueError: if ``num_bins`` is below 2 or ``bound`` is not positive; and as in :class:`Autoregressive`.
+
+    References:
+        Durkan et al. (2019), *Neural spline flows*, Eqs. 4-8.
+
+    Example:
+        >>> from pyro_invflows.networks import masked_network
+        >>> layer = SplineAutoregressive(masked_network(3, [16], 11), num_bins=4)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self, hypernet: nn.Module, *, context_dim: int = 0, num_bins: int = 8, bound: float = 5.0, **settings: Any
+    ):
+        super().__init__(RationalQuadraticSpline(num_bins, bound), hypernet, context_dim=context_dim, **settings)
+
+
+def _network(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None,
+    num_outputs: int,
+    ordering: Sequence[int] | None,
+    context_dim: int,
+    activation: Callable[[], nn.Module],
+    owner: str,
+) -> nn.Module:
+    """Build a masked network that starts at zero."""
+    input_dim = positive_int(input_dim, "input_dim", owner)
+    hidden = default_hidden_dims(10 * input_dim) if hidden_dims is None else hidden_dims
+    return masked_network(
+        input_dim,
+        hidden,
+        num_outputs,
+        context_dim=context_dim,
+        ordering=ordering,
+        activation=activation,
+        zero_output=True,
+    )
+
+
+def affine_autoregressive(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    ordering: Sequence[int] | None = None,
+    context_dim: int = 0,
+    max_log_scale: float = 2.0,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> AffineAutoregressive:
+    """Build an :class:`AffineAutoregressive` with its network, starting at the identity.
+
+    Args:
+        input_dim: D.
+        hidden_dims: Hidden widths of the network; default two of ``min(10 * input_dim, 256)``.
+        ordering: The coordinates (0 to D - 1) in the order in which they depend on each other, the first one on none;
+            default as they stand. ``range(D)[::-1]`` in every other layer lets each depend on all.
+        context_dim: As in :class:`Autoregressive`.
+        max_log_scale: As in the class.
+        activation: Constructor of the network's activation.
+
+    Raises:
+        ValueError: if ``ordering`` is not a permutation of the coordinates.
+    """
+    hypernet = _network(input_dim, hidden_dims, 2, ordering, context_dim, activation, "affine_autoregressive")
+    return AffineAutoregressive(hypernet, context_dim=context_dim, max_log_scale=max_log_scale)
+
+
+def spline_autoregressive(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    num_bins: int = 8,
+    bound: float = 5.0,
+    ordering: Sequence[int] | None = None,
+    context_dim: int = 0,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+) -> SplineAutoregressive:
+    """Build a :class:`SplineAutoregressive` with its network, starting at the identity.
+
+    Args:
+        input_dim: D.
+        hidden_dims: Hidden widths of the network; default two of ``min(10 * input_dim, 256)``.
+        num_bins: As in the class.
+        bound: As in the class.
+        ordering: As in :func:`affine_autoregressive`.
+        context_dim: As in :class:`Autoregressive`.
+        activation: Constructor of the network's activation.
+
+    Raises:
+        ValueError: if ``num_bins`` is below 2, ``bound`` is not positive, or ``ordering`` is not a permutation of the
+            coordinates.
+    """
+    count = RationalQuadraticSpline(num_bins, bound).num_parameters
+    hypernet = _network(input_dim, hidden_dims, count, ordering, context_dim, activation, "spline_autoregressive")
+    return SplineAutoregressive(hypernet, context_dim=context_dim, num_bins=num_bins, bound=bound)
+
+
+conditional_affine_autoregressive = conditional_factory(
+    affine_autoregressive, "its network also reads a context", hypernet=False
+)
+conditional_spline_autoregressive = conditional_factory(
+    spline_autoregressive, "its network also reads a context", hypernet=False
+)
