@@ -193,33 +193,35 @@ def solve_transposed_by_coordinates(
     for weight, bias, activation in zip(weights, biases, layers.activations, strict=False):
         h, slope_h = value_and_slope(activation, torch.addmm(bias.unsqueeze(-1), weight, h))
         slopes.append(slope_h)
-    weights[0] = _columns_in_order(weights[0], layout)
-    # From the last coordinate to the first, each unit depends on the units that it feeds: the same walk, with layers,
-    # units and weights in the opposite order. Units that depend on no coordinate come last, and are left out.
-    size = layout.input_dim
-    coordinates, *hidden, outputs = layout.starts
-    starts = [[s[-1] - s[min(size - place + 1, size)] for place in range(size + 1)] for s in reversed(hidden)]
-    starts = [outputs, *starts, coordinates]
-    weights = [weight.flip(0, 1).t() for weight in reversed(weights)]
-    values = [x.new_zeros(weights[0].shape[1], len(x)), *(x.new_zeros(len(weight), len(x)) for weight in weights)]
-    pieces = [
-        torch.split(slope_h.flip(0)[: s[-1]], [b - a for a, b in pairwise(s)])
-        for slope_h, s in zip(reversed(slopes), starts[1:-1], strict=True)
-    ]
+    with torch.inference_mode():  # where the many small operations cost less
+        weights[0] = _columns_in_order(weights[0], layout)
+        # From the last coordinate to the first, each unit depends on the units that it feeds: the same walk, with
+        # layers, units and weights in the opposite order. Units that depend on no coordinate come last: left out.
+        size = layout.input_dim
+        coordinates, *hidden, outputs = layout.starts
+        starts = [[s[-1] - s[min(size - place + 1, size)] for place in range(size + 1)] for s in reversed(hidden)]
+        starts = [outputs, *starts, coordinates]
+        weights = [weight.flip(0, 1).t() for weight in reversed(weights)]
+        values = [x.new_zeros(weights[0].shape[1], len(x)), *(x.new_zeros(len(weight), len(x)) for weight in weights)]
+        pieces = [
+            torch.split(slope_h.flip(0)[: s[-1]], [b - a for a, b in pairwise(s)])
+            for slope_h, s in zip(reversed(slopes), starts[1:-1], strict=True)
+        ]
 
-    def activate(layer: int, place: int, units: Tensor) -> None:
-        units.mul_(pieces[layer][place])
+        def activate(layer: int, place: int, units: Tensor) -> None:
+            units.mul_(pieces[layer][place])
 
-    grads, divisors = (_in_order(t.t(), layout).flip(0) for t in (grad, slope))
-    factors = _in_order(by_theta.permute(2, 1, 0), layout).flip(0, 1)
-    solved = torch.empty_like(grads)
+        solved, divisors = (_in_order(t.t(), layout).flip(0) for t in (grad, slope))  # solved starts as g
+        rows, slopes_of = solved.split(1), divisors.split(1)
+        factors = _in_order(by_theta.permute(2, 1, 0), layout).flip(0, 1).unbind(0)
 
-    def close(place: int, from_later: Tensor, to_earlier: Tensor) -> None:
-        v = torch.sub(grads[place], from_later[0], out=solved[place]).div_(divisors[place])
-        torch.mul(factors[place], v, out=to_earlier)
+        def close(place: int, from_later: Tensor, to_earlier: Tensor) -> None:
+            v = rows[place].sub_(from_later).div_(slopes_of[place])
+            torch.mul(factors[place], v, out=to_earlier)
 
-    _walk(weights, values, starts, activate, close)
-    return _in_order(solved.flip(0), layout, back=True).t()
+        _walk(weights, values, starts, activate, close)
+        v = _in_order(solved.flip(0), layout, back=True).t()
+    return v.clone()
 
 
 def _walk(
