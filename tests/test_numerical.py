@@ -224,11 +224,28 @@ def test_solvers(solver):
     torch.testing.assert_close(layer.inv(layer(x).detach().clone()), x, rtol=1e-8, atol=1e-8)
 
 
-def test_compiled_code_breaks_its_graph_at_the_inverse():
-    layer = pf.NumericalInverse(pf.planar(3).double())
-    y = torch.randn(4, 3, dtype=torch.float64)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(layer.inv, backend="eager", fullgraph=True)(y)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pf.NumericalInverse(pf.Sylvester(3)),
+        lambda: pf.NumericalInverse(pf.Baird(), solver=Bisection()),
+        lambda: pf.NumericalInverse(pyro_transforms.block_autoregressive(3)),
+        lambda: pf.NumericalInverse(pyro_transforms.polynomial(3)),
+    ],
+)
+def test_the_inverse_compiles_as_one_graph(make):
+    torch.manual_seed(0)
+    layer = make().double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    y = layer(x).detach().requires_grad_()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda y: layer.inv(y), backend="eager", fullgraph=True)
+    parameters = [y, *layer.parameters()]
+    results = []
+    for back in (compiled(y), layer.inv(y)):
+        torch.testing.assert_close(back, x, rtol=1e-8, atol=1e-8)
+        results.append(torch.autograd.grad(back.sin().sum(), parameters, materialize_grads=True))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ class _Weights(NamedTuple):
 
 
 _HELD: ContextVar[dict[int, _Weights] | None] = ContextVar("held_weights", default=None)
+#: The same while compiling, which cannot follow context variables and traces in one thread at a time.
+_TRACED: list[dict[int, _Weights]] = []
 
 
 @contextmanager
@@ -61,7 +63,9 @@ def held_weights(store: dict[int, _Weights] | None = None) -> Iterator[dict[int,
     """
     store = {} if store is None else store
     if torch.compiler.is_compiling():
+        _TRACED.append(store)
         yield store
+        _TRACED.pop()
         return
     token = _HELD.set(store)
     try:
@@ -71,13 +75,17 @@ def held_weights(store: dict[int, _Weights] | None = None) -> Iterator[dict[int,
 
 
 def _hold(module: nn.Module, compute: Callable[[], Any]) -> Any:
-    held = None if torch.compiler.is_compiling() else _HELD.get()
+    compiling = torch.compiler.is_compiling()
+    held = (_TRACED[-1] if _TRACED else None) if compiling else _HELD.get()
     if held is None:
         return compute()
     level = functorch_level()
     known = held.get(id(module))
-    if known is None or known.level != level or (torch.is_grad_enabled() and not known.with_graph):
-        known = held[id(module)] = _Weights(module, compute(), torch.is_grad_enabled(), level)
+    # those computed within a transform may not leave it
+    if known is None or known.level > level or (torch.is_grad_enabled() and not known.with_graph):
+        known = _Weights(module, compute(), torch.is_grad_enabled(), level)
+        if not (compiling and level):  # the compiler does not tell the levels apart
+            held[id(module)] = known
     return known.value
 
 

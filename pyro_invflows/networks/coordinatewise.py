@@ -22,7 +22,7 @@ from pyro_invflows.networks.activations import LipSwish, Sine, value_and_slope
 from pyro_invflows.networks.calling import out_of_place
 from pyro_invflows.networks.masked import MaskedLinear
 
-__all__ = ["MaskedLayers", "masked_layers", "solve_by_coordinates", "solve_transposed_by_coordinates"]
+__all__ = ["MaskedLayers", "masked_layers", "solve_by_coordinates", "transposed_solver"]
 
 #: Number of coordinates whose products are taken together.
 _BLOCK = 16
@@ -173,16 +173,17 @@ def _solve(
 
 
 @torch.no_grad()
-def solve_transposed_by_coordinates(
-    layers: MaskedLayers, x: Tensor, context: Tensor | None, grad: Tensor, slope: Tensor, by_theta: Tensor
-) -> Tensor:
-    r"""Return v with :math:`J^T v = g`, where J is the Jacobian of :math:`f(x_i; \theta_i(x_{<i}))` at x.
+def transposed_solver(
+    layers: MaskedLayers, x: Tensor, context: Tensor | None, slope: Tensor, by_theta: Tensor
+) -> Callable[[Tensor], Tensor]:
+    r"""Return g -> v with :math:`J^T v = g`, where J is the Jacobian of :math:`f(x_i; \theta_i(x_{<i}))` at x.
+
+    The function takes and returns ``(N, D)``. It holds all that it needs: the parameters may change before the call.
 
     Args:
         layers: The network of theta.
         x: ``(N, D)``.
         context: ``(N, C)``, if the network takes one.
-        grad: g, ``(N, D)``.
         slope: Derivative of f by its first argument, ``(N, D)``.
         by_theta: Derivative of f by theta, ``(N, P, D)``.
     """
@@ -202,26 +203,32 @@ def solve_transposed_by_coordinates(
         starts = [[s[-1] - s[min(size - place + 1, size)] for place in range(size + 1)] for s in reversed(hidden)]
         starts = [outputs, *starts, coordinates]
         weights = [weight.flip(0, 1).t() for weight in reversed(weights)]
-        values = [x.new_zeros(weights[0].shape[1], len(x)), *(x.new_zeros(len(weight), len(x)) for weight in weights)]
         pieces = [
             torch.split(slope_h.flip(0)[: s[-1]], [b - a for a, b in pairwise(s)])
             for slope_h, s in zip(reversed(slopes), starts[1:-1], strict=True)
         ]
-
-        def activate(layer: int, place: int, units: Tensor) -> None:
-            units.mul_(pieces[layer][place])
-
-        solved, divisors = (_in_order(t.t(), layout).flip(0) for t in (grad, slope))  # solved starts as g
-        rows, slopes_of = solved.split(1), divisors.split(1)
+        slopes_of = _in_order(slope.t(), layout).flip(0).split(1)
         factors = _in_order(by_theta.permute(2, 1, 0), layout).flip(0, 1).unbind(0)
 
-        def close(place: int, from_later: Tensor, to_earlier: Tensor) -> None:
-            v = rows[place].sub_(from_later).div_(slopes_of[place])
-            torch.mul(factors[place], v, out=to_earlier)
+    def activate(layer: int, place: int, units: Tensor) -> None:
+        units.mul_(pieces[layer][place])
 
-        _walk(weights, values, starts, activate, close)
-        v = _in_order(solved.flip(0), layout, back=True).t()
-    return v.clone()
+    def solve(grad: Tensor) -> Tensor:
+        with torch.inference_mode():
+            solved = _in_order(grad.t(), layout).flip(0)  # starts as g
+            rows = solved.split(1)
+            values = [grad.new_zeros(len(weight), len(grad)) for weight in weights]
+            values.insert(0, grad.new_zeros(weights[0].shape[1], len(grad)))
+
+            def close(place: int, from_later: Tensor, to_earlier: Tensor) -> None:
+                v = rows[place].sub_(from_later).div_(slopes_of[place])
+                torch.mul(factors[place], v, out=to_earlier)
+
+            _walk(weights, values, starts, activate, close)
+            v = _in_order(solved.flip(0), layout, back=True).t()
+        return v.clone()
+
+    return solve
 
 
 def _walk(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_invflows.support.derivatives import depends_on_more
 from pyro_invflows.support.modes import in_functorch
 
 __all__ = ["Linearisation", "linearise"]
@@ -49,7 +50,7 @@ class _Traced(Linearisation):
             self.x = x.detach().requires_grad_() if self._alone else x
             self._traced = function(self.x)
         # the leaf made here must not make the value look differentiable to the caller
-        self._frozen = not self._graph or (self._alone and not _depends_on_more(self._traced, self.x))
+        self._frozen = not self._graph or (self._alone and not depends_on_more(self._traced, self.x))
         self.value = self._traced.detach() if self._frozen else self._traced
 
     def vjp(self, v: Tensor) -> Tensor:
@@ -65,25 +66,12 @@ class _Traced(Linearisation):
         batch = self.value.shape[: self.value.dim() - self.event_dim]
         event = self.value.shape[len(batch) :]
         eye = torch.eye(event.numel(), dtype=self.value.dtype, device=self.value.device)
-        rows = [self.vjp(e.reshape(event).expand(self.value.shape)).flatten(len(batch)) for e in eye]
-        return torch.stack(rows, dim=-2)
-
-
-def _depends_on_more(value: Tensor, x: Tensor) -> bool:
-    """Whether the autograd graph of a value has a leaf other than x."""
-    if value.grad_fn is None:
-        return False
-    seen, stack = set(), [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not x:
-            return True
-        stack.extend(following for following, _ in node.next_functions if following is not None)
-    return False
+        bases = [e.reshape(event).expand(self.value.shape) for e in eye]
+        if torch.compiler.is_compiling():  # one product in the graph instead of E
+            rows = torch.vmap(self.vjp, out_dims=len(batch))(torch.stack(bases))
+        else:
+            rows = torch.stack([self.vjp(basis) for basis in bases], dim=len(batch))
+        return rows.flatten(len(batch) + 1)
 
 
 def linearise(function: Callable[[Tensor], Tensor], x: Tensor, event_dim: int = 1) -> Linearisation:

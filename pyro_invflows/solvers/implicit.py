@@ -17,7 +17,7 @@ from pyro_invflows import linalg
 from pyro_invflows.solvers.iterative import Anderson, FixedPoint, Newton, dense_jacobian, jacobian_of
 from pyro_invflows.solvers.settings import check_solver
 from pyro_invflows.solvers.solution import finish, row_max, where_rows
-from pyro_invflows.support.derivatives import first_order_only, steps_with_graph
+from pyro_invflows.support.derivatives import depends_on_more, first_order_only, steps_with_graph
 from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_tracing
 from pyro_invflows.support.precision import without_autocast
 
@@ -39,7 +39,7 @@ def implicit_gradient(
     order: int = 1,
     diagonal: Callable[[Tensor], Tensor] | None = None,
     jacobian: Callable[[Tensor], Tensor] | None = None,
-    transposed: Callable[[Tensor, Tensor], Tensor] | None = None,
+    transposed: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
     solver: Anderson | FixedPoint | Newton | None = None,
     owner: str = "implicit_gradient",
 ) -> Tensor:
@@ -64,8 +64,9 @@ def implicit_gradient(
         diagonal: ``x -> diag(J)``, without a graph; required for ``"autoregressive"``, unless ``transposed`` is given.
         jacobian: ``x -> J`` ``(*B, E, E)`` for the dense structure, if it is known in closed form; with a graph if
             autograd is recording.
-        transposed: ``x, g -> v`` with ``J^T v = g``, without a graph, for the autoregressive structure, if there is a
-            direct way; else by sweeps.
+        transposed: ``x -> (g -> v)`` with ``J^T v = g``, without a graph, for the autoregressive structure, if there is
+            a direct way; else by sweeps. What it returns is called in the backward pass, and must hold all that it
+            needs: by then, the parameters may be others.
         solver: For ``"iterative"``: the solver of the linear system, with its own tolerance.
         owner: Name used in error messages.
 
@@ -101,30 +102,40 @@ def implicit_gradient(
         )
     x = x.detach()
     functorch = in_functorch()
-    # autograd functions that a compiler cannot trace are avoided where the Jacobian is known
-    if functorch or order == 2 or (jacobian is not None and torch.compiler.is_compiling()):
+    if not functorch and not torch.is_grad_enabled() and not in_forward_mode():
+        return x
+    if functorch or torch.compiler.is_compiling() or (order == 2 and torch.is_grad_enabled()):
         if not exact:
             raise NotImplementedError(
-                f"{owner}: the {structure} implicit gradient does not work under torch.func; use torch.autograd, or a "
-                "dense structure if the event is small."
+                f"{owner}: the {structure} implicit gradient does not work under torch.func and torch.compile; use "
+                "torch.autograd, or a dense structure if the event is small."
             )
-        if not functorch and not torch.is_grad_enabled():
-            return x
-        if not functorch and not residual(x).requires_grad and not in_forward_mode():
-            return (
-                x  # nothing to differentiate with respect to: the leaf that a step makes must not look differentiable
-            )
+        if not functorch and not in_forward_mode() and not residual(x).requires_grad:
+            return x  # nothing to differentiate: the leaf that a step makes must not make it look differentiable
         for _ in range(steps_with_graph()):
             x = _newton_step(residual, x, structure, event_dim, jacobian)
         return x
-    if not torch.is_grad_enabled() and not in_forward_mode():
+    # Whatever the backward pass needs is evaluated now: by then, the parameters may be others (functional_call).
+    if exact or transposed is not None:
+        value = residual(x)
+        if not value.requires_grad and not _is_dual(value):
+            return x
+        inverse: _InverseJacobian
+        if transposed is not None:
+            with torch.no_grad():
+                inverse = _Direct(transposed(x))
+        else:
+            inverse = _exact_inverse(residual, x, structure, event_dim, jacobian)
+        return _Attach.apply(value, x, inverse, owner)
+    value, leaf = _traced(residual, x)
+    if not _is_dual(value) and not depends_on_more(value, leaf):
         return x
-    value = residual(x)
-    if not value.requires_grad and not _is_dual(value):
-        return x
-    return _Attach.apply(
-        value, x, residual, structure, event_dim, diagonal, jacobian, transposed, solver or Anderson(), owner
-    )
+    if structure == "autoregressive":
+        assert diagonal is not None
+        with torch.no_grad():
+            slope = diagonal(x)
+        return _Attach.apply(value, x, _Sweeps(value, leaf, event_dim, slope), owner)
+    return _Attach.apply(value, x, _Iterative(value, leaf, event_dim, solver or Anderson(), owner), owner)
 
 
 def _is_dual(value: Tensor) -> bool:
@@ -133,7 +144,7 @@ def _is_dual(value: Tensor) -> bool:
 
 def _diagonal(residual: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
     """Return ``F(x)`` and the diagonal of an elementwise residual's Jacobian."""
-    if in_functorch():
+    if in_functorch() or torch.compiler.is_compiling():
         value, pullback, *_ = torch.func.vjp(residual, x)
         return value, pullback(torch.ones_like(value))[0]
     with torch.enable_grad():
@@ -156,7 +167,7 @@ def _newton_step(
         return x - value / slope
     if closed is not None:
         value, jacobian = residual(x), closed(x)
-    elif in_functorch():
+    elif in_functorch() or torch.compiler.is_compiling():
         value, jacobian = residual(x), dense_jacobian(residual, x, event_dim)
     else:
         x = x if x.requires_grad else x.detach().requires_grad_()
@@ -170,89 +181,135 @@ class _Attach(torch.autograd.Function):
     """Returns x; its derivative is ``-J^{-1}`` times that of the residual."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        value: Tensor,
-        x: Tensor,
-        residual: Callable[[Tensor], Tensor],
-        structure: str,
-        event_dim: int,
-        diagonal: Callable[[Tensor], Tensor] | None,
-        jacobian: Callable[[Tensor], Tensor] | None,
-        transposed: Callable[[Tensor, Tensor], Tensor] | None,
-        solver: Any,
-        owner: str,
-    ) -> Tensor:
-        ctx.residual, ctx.structure, ctx.event_dim = residual, structure, event_dim
-        ctx.diagonal, ctx.jacobian, ctx.transposed = diagonal, jacobian, transposed
-        ctx.solver, ctx.owner = solver, owner
-        ctx.x = x  # a constant
+    def forward(ctx: Any, value: Tensor, x: Tensor, inverse: _InverseJacobian, owner: str) -> Tensor:
+        ctx.inverse, ctx.owner = inverse, owner
         ctx.save_for_backward(value)
         ctx.save_for_forward(value)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad):
-            v = _solve_transposed(ctx, grad.detach())
+        with torch.no_grad(), without_autocast(grad):
+            v = ctx.inverse.transposed(grad.detach())
         (result,) = first_order_only([-v], (grad, *ctx.saved_tensors), ctx.owner + _FIRST_ORDER)
-        return result, *(None,) * 9
+        return result, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        if ctx.structure == "elementwise":
-            change = -tangent / _diagonal(ctx.residual, ctx.x, create_graph=False)[1]
-        elif ctx.structure == "dense":
-            with torch.no_grad():
-                closed = ctx.jacobian
-                jacobian = dense_jacobian(ctx.residual, ctx.x, ctx.event_dim) if closed is None else closed(ctx.x)
-            change = -linalg.solve(jacobian, tangent.reshape(*jacobian.shape[:-1], 1)).reshape(tangent.shape)
-        else:
-            raise NotImplementedError(
-                f"{ctx.owner}: forward-mode derivatives need the dense or the elementwise structure, not "
-                f"{ctx.structure}; use reverse mode."
-            )
-        (result,) = first_order_only([change], (tangent, *ctx.saved_tensors), ctx.owner + _FIRST_ORDER)
-        return result  # type: ignore[return-value]
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor | None:
+        change = -ctx.inverse.times(tangent, ctx.owner)
+        return first_order_only([change], (tangent, *ctx.saved_tensors), ctx.owner + _FIRST_ORDER)[0]
 
 
-@torch.no_grad()
-def _solve_transposed(ctx: Any, grad: Tensor) -> Tensor:
-    """Return v with ``J^T v = grad``."""
-    if ctx.jacobian is not None:
-        return _solve_dense(ctx.jacobian(ctx.x), grad)
-    if ctx.transposed is not None:
-        return ctx.transposed(ctx.x, grad)
-    with torch.enable_grad():
-        x = ctx.x.detach().requires_grad_()
-        value = ctx.residual(x)
+# ---------------------------------------------------------------------- the inverse of the Jacobian
 
-    def vjp(v: Tensor) -> Tensor:
-        return torch.autograd.grad(value, x, v, retain_graph=True)[0]
 
-    if ctx.structure == "elementwise":
-        return grad / vjp(torch.ones_like(value))
-    if ctx.structure == "dense":
-        return _solve_dense(jacobian_of(value, x, ctx.event_dim), grad)
-    if ctx.structure == "autoregressive":
-        slope = ctx.diagonal(ctx.x)
-        v = grad / slope
+class _InverseJacobian:
+    """``J^{-1}`` at the root, a constant."""
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        """Return v with ``J^T v = grad``."""
+        raise NotImplementedError
+
+    def times(self, tangent: Tensor, owner: str) -> Tensor:
+        """Return v with ``J v = tangent``."""
+        raise NotImplementedError(
+            f"{owner}: forward-mode derivatives need the dense or the elementwise structure, not one that is solved "
+            "iteratively; use reverse mode."
+        )
+
+
+class _Diagonal(_InverseJacobian):
+    def __init__(self, slope: Tensor) -> None:
+        self.slope = slope
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        return grad / self.slope
+
+    def times(self, tangent: Tensor, owner: str) -> Tensor:
+        return tangent / self.slope
+
+
+class _Direct(_InverseJacobian):
+    def __init__(self, solve: Callable[[Tensor], Tensor]) -> None:
+        self.solve = solve
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        return self.solve(grad)
+
+
+class _Dense(_InverseJacobian):
+    def __init__(self, jacobian: Tensor) -> None:
+        self.jacobian = jacobian
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        return linalg.solve(self.jacobian.mT, grad.reshape(*self.jacobian.shape[:-1], 1)).reshape(grad.shape)
+
+    def times(self, tangent: Tensor, owner: str) -> Tensor:
+        return linalg.solve(self.jacobian, tangent.reshape(*self.jacobian.shape[:-1], 1)).reshape(tangent.shape)
+
+
+def _exact_inverse(
+    residual: Callable[[Tensor], Tensor],
+    x: Tensor,
+    structure: str,
+    event_dim: int,
+    jacobian: Callable[[Tensor], Tensor] | None,
+) -> _InverseJacobian:
+    if structure == "elementwise":
+        return _Diagonal(_diagonal(residual, x, create_graph=False)[1].detach())
+    with torch.no_grad():
+        return _Dense((dense_jacobian(residual, x, event_dim) if jacobian is None else jacobian(x)).detach())
+
+
+def _traced(residual: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``F(x)`` and the leaf that stands for x in its graph."""
+    # Hooks are for what is unpacked once: checkpointing would run its segment again for every product with the graph.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        leaf = x.detach().requires_grad_()
+        return residual(leaf), leaf
+
+
+class _Traced(_InverseJacobian):
+    """What takes products with the Jacobian from the graph of the residual."""
+
+    def __init__(self, value: Tensor, leaf: Tensor, event_dim: int) -> None:
+        self.value, self.leaf, self.event_dim = value, leaf, event_dim
+
+    def vjp(self, v: Tensor) -> Tensor:
+        return torch.autograd.grad(self.value, self.leaf, v, retain_graph=True)[0]
+
+
+class _Sweeps(_Traced):
+    """For a Jacobian that is triangular for some ordering of the coordinates."""
+
+    def __init__(self, value: Tensor, leaf: Tensor, event_dim: int, slope: Tensor) -> None:
+        super().__init__(value, leaf, event_dim)
+        self.slope = slope
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        v = grad / self.slope
         limit = torch.finfo(grad.dtype).eps * 4
-        for _ in range(x.shape[-ctx.event_dim :].numel()):
+        for _ in range(self.leaf.shape[-self.event_dim :].numel()):
             # what the diagonal neglects is nilpotent: at most E sweeps, usually far fewer
-            error = grad - vjp(v)
+            error = grad - self.vjp(v)
             # row by row: one that is not finite must not stop the others
-            size = row_max(grad, ctx.event_dim) + row_max(v, ctx.event_dim)
-            if not (row_max(error, ctx.event_dim) > limit * size).any():
+            size = row_max(grad, self.event_dim) + row_max(v, self.event_dim)
+            if not (row_max(error, self.event_dim) > limit * size).any():
                 break
-            v = v + error / slope
+            v = v + error / self.slope
         return v
-    solution = ctx.solver(lambda v: vjp(v) - grad, grad, event_dim=ctx.event_dim, scale=grad, gather=False)
-    # a row whose root is not finite has no gradient, which is not a failure of this solver
-    known = row_max(ctx.x, ctx.event_dim).isfinite()
-    given = where_rows(known, grad, torch.full_like(grad, torch.nan))
-    return finish(solution, f"{ctx.owner} (backward pass)", ctx.solver, given=given)
 
 
-def _solve_dense(jacobian: Tensor, grad: Tensor) -> Tensor:
-    return linalg.solve(jacobian.mT, grad.reshape(*jacobian.shape[:-1], 1)).reshape(grad.shape)
+class _Iterative(_Traced):
+    def __init__(
+        self, value: Tensor, leaf: Tensor, event_dim: int, solver: Anderson | FixedPoint | Newton, owner: str
+    ) -> None:
+        super().__init__(value, leaf, event_dim)
+        self.solver, self.owner = solver, owner
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        solution = self.solver(lambda v: self.vjp(v) - grad, grad, event_dim=self.event_dim, scale=grad, gather=False)
+        # a row whose root is not finite has no gradient, which is not a failure of this solver
+        known = row_max(self.leaf.detach(), self.event_dim).isfinite()
+        given = where_rows(known, grad, torch.full_like(grad, torch.nan))
+        return finish(solution, f"{self.owner} (backward pass)", self.solver, given=given)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_invflows.support.modes import derivative_levels, in_forward_mode, in_functorch, is_any_autocast, is_tracing
 
 __all__ = [
+    "depends_on_more",
     "first_order_only",
     "gradients_with_graph",
     "in_plain_eager_mode",
@@ -41,6 +42,23 @@ def in_reverse_mode_only() -> bool:
 def may_differentiate(*tensors: Tensor) -> bool:
     """Whether a derivative with respect to one of the tensors may be requested; if not, a graph only costs time."""
     return in_functorch() or in_forward_mode() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def depends_on_more(value: Tensor, x: Tensor) -> bool:
+    """Whether the autograd graph of a value has a leaf other than x."""
+    if value.grad_fn is None:
+        return False
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not x:
+            return True
+        stack.extend(following for following, _ in node.next_functions if following is not None)
+    return False
 
 
 def steps_with_graph() -> int:

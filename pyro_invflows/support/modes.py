@@ -32,7 +32,9 @@ is_tracing = torch._C._is_tracing
 
 
 def functorch_level() -> int:
-    """Return the number of active ``torch.func`` transforms."""
+    """Return the number of active ``torch.func`` transforms; while compiling, whether there is one."""
+    if torch.compiler.is_compiling():  # the compiler does not count them
+        return int(in_functorch())
     return torch._C._functorch.maybe_current_level() or 0
 
 

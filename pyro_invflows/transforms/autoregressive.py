@@ -22,7 +22,7 @@ from pyro_invflows.networks.coordinatewise import (
     MaskedLayers,
     masked_layers,
     solve_by_coordinates,
-    solve_transposed_by_coordinates,
+    transposed_solver,
 )
 from pyro_invflows.networks.dense import default_hidden_dims
 from pyro_invflows.solvers import Sweeps, finish, implicit_gradient
@@ -199,7 +199,7 @@ class Autoregressive(ContextLayer):
             x,
             structure="autoregressive",
             diagonal=lambda x: self._push(x)[1].exp(),
-            transposed=None if masked_layers(self.hypernet) is None else self._solve_transposed,
+            transposed=None if masked_layers(self.hypernet) is None else self._transposed_solver,
             owner=type(self).__name__,
         )
         return x, self._push(x)[1]
@@ -248,8 +248,8 @@ class Autoregressive(ContextLayer):
             x = self.function.inverse(y, self._raw(x))[0]
         return x
 
-    def _solve_transposed(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Return v with ``J^T v = grad`` at x."""
+    def _transposed_solver(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a function from g to v with ``J^T v = g`` at x."""
         masked = masked_layers(self.hypernet)
         assert masked is not None
         flat, context = self._rows(x)
@@ -259,8 +259,8 @@ class Autoregressive(ContextLayer):
             y, log_slope = self.function.forward(flat, raw)
             (by_raw,) = torch.autograd.grad(y.sum(), raw)
         slope = torch.ones_like(y) if log_slope is None else log_slope.detach().exp()
-        v = solve_transposed_by_coordinates(masked, flat, context, grad.reshape(flat.shape), slope, by_raw)
-        return v.reshape(grad.shape)
+        solve = transposed_solver(masked, flat, context, slope, by_raw)
+        return lambda grad: solve(grad.reshape(flat.shape)).reshape(grad.shape)
 
     def _rows(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a value and the context for it, each with one batch dimension."""

@@ -190,7 +190,9 @@ class ContractiveResidual(ContextLayer):
         if not self.context_dim:
             return ()
         context = self.context_of(x)
-        return (context.clone() if context.is_inference() else context,)
+        if not torch.compiler.is_compiling() and context.is_inference():
+            context = context.clone()
+        return (context,)
 
     def _expand(self, value: Tensor) -> Tensor:
         """Expand a value to the batch dimensions of the context."""
@@ -229,44 +231,36 @@ class ContractiveResidual(ContextLayer):
     @full_precision
     @outside_inference_mode
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[None, Any]]:
-        with held_weights() as store:
-            if torch.compiler.is_compiling():
-                # Compiling breaks the graph here (fullgraph=True raises). Not a decorator, which imports the compiler.
-                return torch.compiler.disable(self._solve_and_attach)(y, store), (None, store)
-            return self._solve_and_attach(y, store), (None, store)
-
-    def _solve_and_attach(self, y: Tensor, store: Any) -> Tensor:
         y = self._expand(y)
-        event_dim = -self.dim
         small = y.shape[self.dim :].numel() <= _SMALL_EVENT
         if self.order == 2 and not small:
             raise ValueError(
                 f"ContractiveResidual: order=2 is for events of up to {_SMALL_EVENT} elements, but got "
                 f"{tuple(y.shape[self.dim :])}."
             )
+        if torch.compiler.is_compiling() and not small:
+            # The backward pass solves iteratively, which compiled code cannot do: the graph breaks here, and
+            # fullgraph=True raises. Not a decorator, which imports the compiler.
+            return torch.compiler.disable(self._solve_and_attach)(y, small)
+        return self._solve_and_attach(y, small)
+
+    def _solve_and_attach(self, y: Tensor, small: bool) -> tuple[Tensor, tuple[None, Any]]:
         context = self._context(y)
         closed = small and self.dim == -1 and hasattr(self.net, "linearise")
-        hold_weights_of(self.net)
-        with torch.no_grad():
-            x = self._solve(y, context, small, closed)
-
-        def residual(x: Tensor) -> Tensor:
-            with held_weights(store):  # entered again, because the backward pass runs later
-                return self._residual(x, y, *context)
-
-        def jacobian(x: Tensor) -> Tensor:
-            with held_weights(store):
-                return self._jacobian(x, *context)
-
-        return implicit_gradient(
-            residual,
-            x,
-            structure="dense" if small else "iterative",
-            event_dim=event_dim,
-            order=self.order,
-            jacobian=jacobian if closed else None,
-            owner="ContractiveResidual",
-        )
+        with held_weights() as store:
+            hold_weights_of(self.net)
+            with torch.no_grad():
+                x = self._solve(y, context, small, closed)
+            x = implicit_gradient(
+                lambda x: self._residual(x, y, *context),
+                x,
+                structure="dense" if small else "iterative",
+                event_dim=-self.dim,
+                order=self.order,
+                jacobian=(lambda x: self._jacobian(x, *context)) if closed else None,
+                owner="ContractiveResidual",
+            )
+            return x, (None, store)
 
     def _residual(self, x: Tensor, y: Tensor, *context: Tensor) -> Tensor:
         return x + self._call_net(x, *context) - y

@@ -52,8 +52,8 @@ class NumericalInverse(Structure):
     may have batched parameters), but the result of a row does not depend on the others. Implicit gradients with respect
     to y and all parameters of t, by one more evaluation of t and an exact linear solve: first derivatives in reverse
     and forward mode, second derivatives only with ``order=2`` (else ``NotImplementedError``). Raises
-    ``ConvergenceError`` if a row fails; a y that is not finite gives NaN. ``torch.compile`` breaks the graph at the
-    inverse. **Log-det**: that of t. **Identity**: where t is.
+    ``ConvergenceError`` if a row fails; a y that is not finite gives NaN. ``torch.compile`` must be able to trace t as
+    a whole, within a loop. **Log-det**: that of t. **Identity**: where t is.
 
     Args:
         transform: The transform t. Its domain must be all of R^n, with as many event dimensions as its codomain. If it
@@ -178,14 +178,8 @@ class NumericalInverse(Structure):
         return self._both(x)
 
     @outside_autocast
-    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            # Compiling breaks the graph here (fullgraph=True raises). Not a decorator, which imports the compiler.
-            return torch.compiler.disable(self._solve_and_attach)(y)
-        return self._solve_and_attach(y)
-
     @outside_inference_mode
-    def _solve_and_attach(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self.check_event(y.shape, inverse=True)
         y = y.expand(self.inverse_shape(y.shape))
         event_dim = self.domain.event_dim
