@@ -253,7 +253,7 @@ class Autoregressive(ContextLayer):
         masked = masked_layers(self.hypernet)
         assert masked is not None
         flat, context = self._rows(x)
-        raw = self._raw(x).detach().reshape(len(flat), -1, flat.shape[-1])
+        raw = self._raw(x).detach().reshape(len(flat), self.function.num_parameters, flat.shape[-1])
         with torch.enable_grad():
             raw.requires_grad_()
             y, log_slope = self.function.forward(flat, raw)
