@@ -11,30 +11,20 @@ from pyro_invflows.transforms.activations import (
     prelu,
 )
 from pyro_invflows.transforms.actnorm import ActNorm, act_norm, conditional_act_norm
-from pyro_invflows.transforms.autoregressive import (
+from pyro_invflows.transforms.affine_autoregressive import (
     AffineAutoregressive,
-    Autoregressive,
-    SplineAutoregressive,
     affine_autoregressive,
     conditional_affine_autoregressive,
-    conditional_spline_autoregressive,
-    spline_autoregressive,
 )
+from pyro_invflows.transforms.affine_coupling import AffineCoupling, affine_coupling, conditional_affine_coupling
+from pyro_invflows.transforms.autoregressive import Autoregressive
 from pyro_invflows.transforms.bounded import ELU, SELU, Interval, Sigmoid, Tanh, elu, interval, selu, sigmoid, tanh
 from pyro_invflows.transforms.contractive_residual import (
     ContractiveResidual,
     conditional_contractive_residual,
     contractive_residual,
 )
-from pyro_invflows.transforms.coupling import (
-    AffineCoupling,
-    Coupling,
-    SplineCoupling,
-    affine_coupling,
-    conditional_affine_coupling,
-    conditional_spline_coupling,
-    spline_coupling,
-)
+from pyro_invflows.transforms.coupling import Coupling
 from pyro_invflows.transforms.diagonal import Diagonal, Shift, conditional_diagonal, conditional_shift, diagonal, shift
 from pyro_invflows.transforms.generalized_sylvester import (
     GeneralizedSylvester,
@@ -66,7 +56,8 @@ from pyro_invflows.transforms.monotone import (
     sinh_arcsinh,
     spline,
 )
-from pyro_invflows.transforms.noise import ConcatNoise, Slice, inject_noise, multi_scale, whitened_noise
+from pyro_invflows.transforms.multi_scale import multi_scale
+from pyro_invflows.transforms.noise import ConcatNoise, Slice, inject_noise, whitened_noise
 from pyro_invflows.transforms.numerical import NumericalInverse, numerical_inverse
 from pyro_invflows.transforms.planar import Planar, Radial, conditional_planar, conditional_radial, planar, radial
 from pyro_invflows.transforms.shape import (
@@ -75,6 +66,12 @@ from pyro_invflows.transforms.shape import (
     permute,
     pixel_shuffle,
 )
+from pyro_invflows.transforms.spline_autoregressive import (
+    SplineAutoregressive,
+    conditional_spline_autoregressive,
+    spline_autoregressive,
+)
+from pyro_invflows.transforms.spline_coupling import SplineCoupling, conditional_spline_coupling, spline_coupling
 from pyro_invflows.transforms.sylvester import Sylvester, conditional_sylvester, sylvester
 from pyro_invflows.transforms.whitening import Whitening, whitening
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import ContextLayer
-from pyro_invflows.monotone import Affine, MonotoneFunction, RationalQuadraticSpline, evaluate
+from pyro_invflows.monotone import MonotoneFunction, evaluate
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
 from pyro_invflows.networks.coordinatewise import (
@@ -31,15 +30,7 @@ from pyro_invflows.solvers.solution import in_transform, row_max
 from pyro_invflows.support.checks import described, positive_int
 from pyro_invflows.support.precision import at_least_single, full_precision
 
-__all__ = [
-    "AffineAutoregressive",
-    "Autoregressive",
-    "SplineAutoregressive",
-    "affine_autoregressive",
-    "conditional_affine_autoregressive",
-    "conditional_spline_autoregressive",
-    "spline_autoregressive",
-]
+__all__ = ["Autoregressive", "autoregressive_network"]
 
 
 class Autoregressive(ContextLayer):
@@ -287,99 +278,7 @@ def _relative(residual: Tensor, x: Tensor, log_slope: Tensor | None) -> Tensor:
     return residual / (1 + scale if log_slope is None else 1 + scale * log_slope.exp())
 
 
-class AffineAutoregressive(Autoregressive):
-    r"""Scales and shifts each coordinate by what a masked network makes of the coordinates before it.
-
-    .. math:: y_i = x_i\, e^{s_i(x_{<i})} + t_i(x_{<i}),
-
-    with the log-scale :math:`s = m \tanh(\tilde s / m)` of the network's output :math:`(\tilde s, t)`: the
-    :class:`Autoregressive` layer of :class:`~pyro_invflows.monotone.Affine`. Invertible because the Jacobian is
-    triangular with :math:`e^{s_i}` on its diagonal. Choose it as the fastest of its kind; ``Inverted`` for density
-    estimation in one pass (a masked autoregressive flow).
-
-    **Forward**, **Inverse**, **Log-det**, **Identity**: as in :class:`Autoregressive`.
-
-    Args:
-        hypernet: Masked network to ``2 D`` elements, the raw log-scales first; see :class:`Autoregressive`.
-        context_dim: As in :class:`Autoregressive`.
-        max_log_scale: The bound m.
-        **settings: ``input_dim``, ``solver``, ``atol``, ``rtol``, ``max_steps``, ``on_failure`` and ``cache_size``, as
-            in :class:`Autoregressive`.
-
-    Attributes:
-        hypernet: The network, with its parameters.
-        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
-
-    Shape:
-        ``(*B, D) -> (*B, D)``, log-det ``(*B,)``.
-
-    Raises:
-        ValueError: if ``max_log_scale`` is not positive; and as in :class:`Autoregressive`.
-
-    References:
-        Papamakarios et al. (2017), Eqs. 3-5; the bound after Ardizzone et al. (2019), *Analyzing inverse problems with
-        invertible neural networks*.
-
-    Example:
-        >>> from pyro_invflows.networks import masked_network
-        >>> layer = AffineAutoregressive(masked_network(3, [16], 2))
-        >>> x = torch.randn(5, 3)
-        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
-        True
-    """
-
-    def __init__(self, hypernet: nn.Module, *, context_dim: int = 0, max_log_scale: float = 2.0, **settings: Any):
-        super().__init__(Affine(max_log_scale), hypernet, context_dim=context_dim, **settings)
-
-
-class SplineAutoregressive(Autoregressive):
-    r"""Bends each coordinate by a spline that a masked network makes of the coordinates before it.
-
-    .. math:: y_i = f(x_i; \theta_i(x_{<i})), \qquad y_i = x_i \text{ for } |x_i| \ge B,
-
-    with f a monotone rational-quadratic spline of K bins on [-B, B]: the :class:`Autoregressive` layer of
-    :class:`~pyro_invflows.monotone.RationalQuadraticSpline`. Invertible because the Jacobian is triangular and each
-    spline increases. Choose it for densities with sharp edges or several modes, on data of about unit scale.
-
-    **Forward**, **Inverse**, **Log-det**, **Identity**: as in :class:`Autoregressive`.
-
-    Args:
-        hypernet: Masked network to ``(3 K - 1) D`` elements: the logits of the widths, then of the heights, then the
-            log-slopes; see :class:`Autoregressive`.
-        context_dim: As in :class:`Autoregressive`.
-        num_bins: K, at least 2.
-        bound: B.
-        **settings: ``input_dim``, ``solver``, ``atol``, ``rtol``, ``max_steps``, ``on_failure`` and ``cache_size``, as
-            in :class:`Autoregressive`.
-
-    Attributes:
-        hypernet: The network, with its parameters.
-        context: ``(*B, context_dim)``, a buffer, or None while not conditioned; not part of the ``state_dict``.
-
-    Shape:
-        ``(*B, D) -> (*B, D)``, log-det ``(*B,)``.
-
-    Raises:
-        ValueError: if ``num_bins`` is below 2 or ``bound`` is not positive; and as in :class:`Autoregressive`.
-
-    References:
-        Durkan et al. (2019), *Neural spline flows*, Eqs. 4-8.
-
-    Example:
-        >>> from pyro_invflows.networks import masked_network
-        >>> layer = SplineAutoregressive(masked_network(3, [16], 11), num_bins=4)
-        >>> x = torch.randn(5, 3)
-        >>> torch.allclose(layer.inv(layer(x).clone()), x, atol=1e-4)
-        True
-    """
-
-    def __init__(
-        self, hypernet: nn.Module, *, context_dim: int = 0, num_bins: int = 8, bound: float = 5.0, **settings: Any
-    ):
-        super().__init__(RationalQuadraticSpline(num_bins, bound), hypernet, context_dim=context_dim, **settings)
-
-
-def _network(
+def autoregressive_network(
     input_dim: int,
     hidden_dims: Sequence[int] | None,
     num_outputs: int,
@@ -400,68 +299,3 @@ def _network(
         activation=activation,
         zero_output=True,
     )
-
-
-def affine_autoregressive(
-    input_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    *,
-    ordering: Sequence[int] | None = None,
-    context_dim: int = 0,
-    max_log_scale: float = 2.0,
-    activation: Callable[[], nn.Module] = nn.ReLU,
-) -> AffineAutoregressive:
-    """Build an :class:`AffineAutoregressive` with its network, starting at the identity.
-
-    Args:
-        input_dim: D.
-        hidden_dims: Hidden widths of the network; default two of ``min(10 * input_dim, 256)``.
-        ordering: The coordinates (0 to D - 1) in the order in which they depend on each other, the first one on none;
-            default as they stand. ``range(D)[::-1]`` in every other layer lets each depend on all.
-        context_dim: As in :class:`Autoregressive`.
-        max_log_scale: As in the class.
-        activation: Constructor of the network's activation.
-
-    Raises:
-        ValueError: if ``ordering`` is not a permutation of the coordinates.
-    """
-    hypernet = _network(input_dim, hidden_dims, 2, ordering, context_dim, activation, "affine_autoregressive")
-    return AffineAutoregressive(hypernet, context_dim=context_dim, max_log_scale=max_log_scale)
-
-
-def spline_autoregressive(
-    input_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    *,
-    num_bins: int = 8,
-    bound: float = 5.0,
-    ordering: Sequence[int] | None = None,
-    context_dim: int = 0,
-    activation: Callable[[], nn.Module] = nn.ReLU,
-) -> SplineAutoregressive:
-    """Build a :class:`SplineAutoregressive` with its network, starting at the identity.
-
-    Args:
-        input_dim: D.
-        hidden_dims: Hidden widths of the network; default two of ``min(10 * input_dim, 256)``.
-        num_bins: As in the class.
-        bound: As in the class.
-        ordering: As in :func:`affine_autoregressive`.
-        context_dim: As in :class:`Autoregressive`.
-        activation: Constructor of the network's activation.
-
-    Raises:
-        ValueError: if ``num_bins`` is below 2, ``bound`` is not positive, or ``ordering`` is not a permutation of the
-            coordinates.
-    """
-    count = RationalQuadraticSpline(num_bins, bound).num_parameters
-    hypernet = _network(input_dim, hidden_dims, count, ordering, context_dim, activation, "spline_autoregressive")
-    return SplineAutoregressive(hypernet, context_dim=context_dim, num_bins=num_bins, bound=bound)
-
-
-conditional_affine_autoregressive = conditional_factory(
-    affine_autoregressive, "its network also reads a context", hypernet=False
-)
-conditional_spline_autoregressive = conditional_factory(
-    spline_autoregressive, "its network also reads a context", hypernet=False
-)
