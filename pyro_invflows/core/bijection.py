@@ -18,6 +18,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyro_invflows.core import memo
 from pyro_invflows.core.memo import FORWARD, INVERSE
+from pyro_invflows.core.path_gradient import path_gradient_by_inversion, start_gradient
 from pyro_invflows.core.shaped import Shaped
 from pyro_invflows.networks.network import restart
 from pyro_invflows.support.computed import compute_tensors
@@ -49,6 +50,8 @@ class Bijection(Shaped):
     * :meth:`trace_event`: if the event shape changes, or more is known about it than ``input_dim``.
     * :meth:`reset_parameters`: restores the initial state, constants included. Every layer with parameters of its own
       has one.
+    * :meth:`_path_gradient`: how a gradient of log q is carried along, if there is a way that does not invert; correct
+      for every layer by default.
     * ``fit(data)``: sets what is computed from data, which are values of the layer's output; returns self.
       :meth:`Flow.initialize <pyro_invflows.Flow.initialize>` calls it.
     * ``extra_repr``, ``_apply``, ``_load_from_state_dict``: as in any module; call ``super()``.
@@ -67,7 +70,7 @@ class Bijection(Shaped):
     the layer's name in error messages.
 
     **Never override**: ``__call__``, ``forward``, ``_call``, ``_inverse``, ``_inv_call``, ``log_abs_det_jacobian``,
-    ``call_and_ladj``, ``inv_and_ladj``, ``with_cache``, ``__getstate__``.
+    ``call_and_ladj``, ``inv_and_ladj``, ``path_gradient``, ``with_cache``, ``__getstate__``.
 
     ======================================  =============  ========================  ======================
     method                                  checks         memo                      log-det
@@ -77,6 +80,7 @@ class Bijection(Shaped):
     ``log_abs_det_jacobian(x, y)``          x, on a miss   read and used up          of the forward map
     ``call_and_ladj(x)``                    x, on a miss   read and used up          of the forward map
     ``inv_and_ladj(y)``                     y, on a miss   read and used up          of the inverse map
+    ``path_gradient(x, g)``                 x              no                        of the forward map
     ``evaluate(x)``, ``evaluate_inverse``   x or y         no                        only its aux
     hooks                                   no             no                        ``_log_det`` only
     ======================================  =============  ========================  ======================
@@ -139,6 +143,16 @@ class Bijection(Shaped):
     def _aux(self, x: Tensor, y: Tensor) -> Any:
         """Return the aux when only ``x`` and ``y`` are known."""
         return self.evaluate(x)[1]
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the value on the other side, the log-det in that direction, and the gradient of log q there.
+
+        Called with gradients enabled, with a value that has all batch dimensions, and its gradient, a constant of the
+        same shape. The value returned keeps its graph; of the two others only the numbers count. By default, the
+        output is detached, passed back and differentiated; :mod:`pyro_invflows.core.path_gradient` has what
+        elementwise and linear layers do instead.
+        """
+        return path_gradient_by_inversion(self, value, gradient, inverse)
 
     def reset_parameters(self) -> None:
         """Restore the initial state, that of a newly built layer; random initial values are drawn anew.
@@ -261,6 +275,37 @@ class Bijection(Shaped):
             self._memo, x, aux = None, entry.x, entry.aux
         return x, -self._log_det(x, y, aux)
 
+    def path_gradient(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Carry the gradient of a log-density along: the path gradient of a sample, in the pass that draws it.
+
+        If x has the log-density q and ``gradient`` is :math:`g = \nabla_x \log q(x)`, then y has the gradient
+        :math:`J^{-T} (g - \nabla_x \log|\det J|)`, the parameters held fixed. A variational objective whose sample y is
+        given the gradient ``gradient_y - d log p/dy`` drops the score of q, whose expectation is 0 ("sticking the
+        landing").
+
+        Args:
+            x: A point, or a batch of points.
+            gradient: The gradient of its log-density, of the same shape; treated as a constant.
+
+        Returns:
+            y, with its graph to x and to the parameters; ``log|det dy/dx|`` and the gradient at y, constants.
+
+        Raises:
+            ValueError: if scoring y would draw noise, as for a :class:`~pyro_invflows.Slice`.
+
+        References:
+            Roeder et al. (2017), *Sticking the landing*; Vaitl et al. (2022), *Gradients should stay on path*.
+        """
+        return start_gradient(self, x, gradient, inverse=False)
+
+    def one_pass(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """Return the value on the other side and the log-det in that direction; no memo is read or filled."""
+        if inverse:
+            x, aux = self.evaluate_inverse(value)
+            return x, -self._log_det(x, value, aux)
+        y, aux = self.evaluate(value)
+        return y, self._log_det(value, y, aux)
+
     @property
     def inv(self) -> Transform:
         """The inverse, as a transform that is not a module; :class:`~pyro_invflows.Inverted` is one."""
@@ -321,6 +366,10 @@ class InverseView(_InverseTransform):
     def inv_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``y`` and ``log|det dy/dx|`` in one pass."""
         return self._inv.call_and_ladj(x)
+
+    def path_gradient(self, y: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``x``, ``log|det dx/dy|`` and the gradient of the log-density of x."""
+        return start_gradient(self._inv, y, gradient, inverse=True)
 
     def leaves(self, inverse: bool = False) -> Iterator[tuple[Bijection, bool]]:
         """Yield the innermost layers, as :meth:`Bijection.leaves` does."""

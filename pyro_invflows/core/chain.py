@@ -16,6 +16,7 @@ from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import event_dims, is_constant, sum_rightmost
 from pyro_invflows.core.foreign import as_bijection, stands_for
 from pyro_invflows.core.kinds import Elementwise, VolumePreserving
+from pyro_invflows.core.path_gradient import push_gradient
 from pyro_invflows.core.recompute import recompute
 from pyro_invflows.core.structure import Structure, evaluate_part
 from pyro_invflows.support.checks import described, is_int
@@ -253,6 +254,15 @@ class Chain(Structure, nn.ModuleList):
                 term = sum_rightmost(part._log_det(part_x, part_y, part_aux), extra)
                 total = term if total is None else total + term
         return torch.zeros_like(x) if total is None else total
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        steps = list(self.named_parts())
+        total: Tensor | None = None
+        for _, part, extra in reversed(steps) if inverse else steps:
+            value, ladj, gradient = push_gradient(part, value, gradient, inverse)
+            term = sum_rightmost(ladj, extra)
+            total = term if total is None else total + term
+        return value, torch.zeros_like(value) if total is None else total, gradient
 
     def _recomputes(self) -> bool:
         return self.recompute and not self.opaque and in_reverse_mode_only()

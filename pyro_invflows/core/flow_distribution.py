@@ -103,6 +103,28 @@ class FlowDistribution(TransformedDistribution):
             total = total - sum_rightmost(ladj, extra)
         return value, total
 
+    def rsample_with_gradient(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw a reparametrised sample; return it with its log-density and the gradient of that by the sample.
+
+        One evaluation per layer, and no inverse (see :meth:`Bijection.path_gradient
+        <pyro_invflows.Bijection.path_gradient>`). The sample keeps its graph to the parameters; the two others are
+        constants.
+
+        Raises:
+            ValueError: if a layer drops elements, so that the density of a sample is not known.
+        """
+        noise = self.base_dist.rsample(_checked(sample_shape, "rsample_with_gradient"))
+        steps, extra = self._steps()
+        with torch.enable_grad():
+            leaf = noise.detach().requires_grad_()
+            log_prob = sum_rightmost(_log_prob(self.base_dist, leaf), extra)
+            (gradient,) = torch.autograd.grad(log_prob.sum(), leaf, allow_unused=True, materialize_grads=True)
+        value, total = noise, log_prob.detach()
+        for layer, extra in steps:
+            value, ladj, gradient = layer.path_gradient(value, gradient)
+            total = total - sum_rightmost(ladj, extra)
+        return value, total, gradient
+
     def modules(self) -> Iterator[nn.Module]:
         """Iterate over all modules of the transforms, and of the base if it holds any, each once."""
         holder = nn.ModuleList(_modules(self))

@@ -13,6 +13,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.foreign import as_bijection, stands_for
+from pyro_invflows.core.path_gradient import push_gradient
 from pyro_invflows.core.structure import Structure, evaluate_part
 
 __all__ = ["Inverted"]
@@ -101,6 +102,9 @@ class Inverted(Structure):
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
         return -self.layer._log_det(y, x, aux)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return push_gradient(self.layer, value, gradient, not inverse)
 
 
 stands_for(_InverseTransform, lambda transform: Inverted(transform.inv))

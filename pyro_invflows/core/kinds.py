@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import out_of_reach
+from pyro_invflows.core.path_gradient import elementwise_path_gradient
 from pyro_invflows.support.checks import is_int, positive_int
 
 __all__ = ["ContextLayer", "Elementwise", "VolumePreserving"]
@@ -77,6 +78,9 @@ class Elementwise(Bijection):
             return slope
         outside = out_of_reach(y, self.codomain)
         return slope if outside is None else slope.masked_fill(outside, math.inf)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return elementwise_path_gradient(self, value, gradient, inverse)
 
     @property
     def batch_shape(self) -> torch.Size:

@@ -12,6 +12,7 @@ from torch.distributions import IndependentTransform, Transform, constraints
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.events import sum_rightmost
 from pyro_invflows.core.foreign import as_bijection, stands_for
+from pyro_invflows.core.path_gradient import push_gradient
 from pyro_invflows.core.structure import Structure, evaluate_part
 from pyro_invflows.support.checks import positive_int
 
@@ -85,6 +86,10 @@ class Reinterpreted(Structure):
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Any) -> Tensor:
         return sum_rightmost(self.layer._log_det(x, y, aux), self.num_dims)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        value, ladj, gradient = push_gradient(self.layer, value, gradient, inverse)
+        return value, sum_rightmost(ladj, self.num_dims), gradient
 
 
 stands_for(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import conditional_factory
+from pyro_invflows.core.path_gradient import linear_path_gradient
 from pyro_invflows.support.checks import floating_tensor
 from pyro_invflows.support.moments import double, finite_rows, has_spread, moments, refuse_overflow, rounded_copy
 from pyro_invflows.transforms.diagonal import _along, _sum_log_scale
@@ -124,6 +125,10 @@ class ActNorm(Bijection):
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
         return _sum_log_scale(self, aux, x)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        log_scale = self.log_scale if inverse else -self.log_scale
+        return linear_path_gradient(self, value, inverse, lambda: gradient * _along(log_scale.exp(), self.dim))
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}" + (f", dim={self.dim}" if self.dim != -1 else "")

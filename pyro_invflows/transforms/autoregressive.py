@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_invflows.core.kinds import ContextLayer
+from pyro_invflows.core.path_gradient import derivative, tracked
 from pyro_invflows.monotone import MonotoneFunction, evaluate
 from pyro_invflows.networks import masked_network
 from pyro_invflows.networks.calling import call_network
@@ -263,6 +264,18 @@ class Autoregressive(ContextLayer):
     @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
         return aux.sum(-1)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Solve the transposed triangular system at x, without inverting the layer."""
+        if inverse or masked_layers(self.hypernet) is None or not value.numel():
+            return super()._path_gradient(value, gradient, inverse)
+        x = tracked(value)
+        y, log_slope = self.evaluate(x)
+        change = derivative(log_slope, x)
+        gradient = gradient if change is None else gradient - change
+        with torch.no_grad():
+            gradient = self._transposed_solver(x.detach())(gradient)
+        return y, log_slope.sum(-1), gradient
 
     def extra_repr(self) -> str:
         parts = [] if self.input_dim is None else [str(self.input_dim)]

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyro_invflows.core.events import negative_axis
 from pyro_invflows.core.kinds import ContextLayer
+from pyro_invflows.core.path_gradient import derivative, tracked
 from pyro_invflows.monotone import MonotoneFunction, evaluate
 from pyro_invflows.networks import conv_network, dense_network
 from pyro_invflows.networks.calling import call_network
@@ -161,19 +162,23 @@ class Coupling(ContextLayer):
     def _evaluate_function(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor | None]:
         """Return the value on the other side and the log-slopes, ``(*batch, elements)``."""
         kept, changed = self._halves(value)
+        result, log_slope = self._change(kept, changed, inverse)
+        return self._join(kept, result), log_slope
+
+    def _change(self, kept: Tensor, changed: Tensor, inverse: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the changed half on the other side and the log-slopes, ``(*batch, elements)``."""
         size, parameters = changed.shape[self.dim], self.function.num_parameters
         raw = self._network(kept, size)
         if self.dim == -1:
             raw = raw.reshape(*raw.shape[:-1], parameters, size)
-            result, log_slope = evaluate(self.function, changed, raw, inverse)
-            return self._join(kept, result), log_slope
+            return evaluate(self.function, changed, raw, inverse)
         # to the function, every element of every pixel is one more element
         shape = changed.shape[self.dim :]
         raw = raw.expand(*raw.shape[: self.dim + 1], *shape[1:])
         raw = raw.reshape(*raw.shape[: self.dim], parameters, shape.numel())
         flat = changed.reshape(*changed.shape[: self.dim], shape.numel())
         result, log_slope = evaluate(self.function, flat, raw, inverse)
-        return self._join(kept, result.reshape(*result.shape[:-1], *shape)), log_slope
+        return result.reshape(*result.shape[:-1], *shape), log_slope
 
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return self._evaluate_function(x, inverse=False)
@@ -205,6 +210,29 @@ class Coupling(ContextLayer):
             return x.new_zeros(self.log_det_shape(x))
         total = aux.sum(-1).to(x.dtype)
         return total if self.hypernet is not None else total.expand(self.log_det_shape(x))
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Divide by the slopes, and take one vector product through the network."""
+        # views of their own, so that a derivative with respect to one half does not walk through the other
+        kept, changed = (half.view_as(half) for half in self._halves(tracked(value)))
+        by_kept, by_changed = self._halves(gradient)
+        result, log_slope = self._change(kept, changed, inverse)
+        outputs, weights = [result], [by_changed]
+        if log_slope is None:
+            ladj = value.new_zeros(self.log_det_shape(value))
+        else:
+            slopes = -log_slope if inverse else log_slope
+            ladj = slopes.sum(-1).to(value.dtype).expand(self.log_det_shape(value))
+            own = derivative(slopes, changed)
+            by_changed = by_changed if own is None else by_changed - own
+            scale = (-slopes.detach()).exp()
+            scale = scale.expand(*scale.shape[:-1], changed.shape[self.dim :].numel())
+            by_changed = by_changed * scale.reshape(*scale.shape[:-1], *changed.shape[self.dim :])
+            outputs, weights = [result, slopes], [by_changed, torch.ones_like(slopes)]
+        if self.split_dim and self.hypernet is not None:
+            (through,) = torch.autograd.grad(outputs, kept, weights, retain_graph=True, materialize_grads=True)
+            by_kept = by_kept - through
+        return self._join(kept, result), ladj, self._join(by_kept, by_changed.to(value.dtype))
 
     def _settings(self) -> list[str]:
         """Name what the function does not say."""

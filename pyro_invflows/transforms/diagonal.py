@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import VolumePreserving
+from pyro_invflows.core.path_gradient import linear_path_gradient
 from pyro_invflows.support.checks import floating_tensor
 
 __all__ = ["Diagonal", "Shift", "conditional_diagonal", "conditional_shift", "diagonal", "shift"]
@@ -71,6 +72,9 @@ class Shift(VolumePreserving):
 
     def _inverse_function(self, y: Tensor) -> Tensor:
         return y - _along(self.bias, self.dim)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_path_gradient(self, value, inverse, lambda: gradient)
 
 
 class Diagonal(Bijection):
@@ -164,6 +168,11 @@ class Diagonal(Bijection):
 
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
         return _sum_log_scale(self, aux, x)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        log_scale = self.log_scale if inverse else -self.log_scale
+        scale = self.sign_of_scale * log_scale.exp()
+        return linear_path_gradient(self, value, inverse, lambda: gradient * _along(scale, self.dim))
 
 
 def shift(input_dim: int, *, dim: int = -1) -> Shift:

@@ -16,6 +16,7 @@ from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import conditional_factory
 from pyro_invflows.core.kinds import VolumePreserving
+from pyro_invflows.core.path_gradient import linear_path_gradient
 from pyro_invflows.support.checks import floating_tensor, invertible_matrix, positive_int
 from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.constants import HoldsConstants
@@ -164,6 +165,14 @@ class Orthogonal(_Reflecting, VolumePreserving):
         centred = y if self.bias is None else y - _along(self.bias, self.dim)
         return self._reflect(self.vectors, centred, transpose=True)
 
+    @at_least_single
+    def _adjoint(self, gradient: Tensor, inverse: bool) -> Tensor:
+        """Return ``J^{-T} g``: Q itself is the adjoint of its inverse."""
+        return self._reflect(self.vectors, gradient, transpose=inverse)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_path_gradient(self, value, inverse, lambda: self._adjoint(gradient, inverse))
+
 
 class SVDLinear(_Reflecting):
     r"""Applies a general invertible matrix through its singular value decomposition.
@@ -283,6 +292,18 @@ class SVDLinear(_Reflecting):
     @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
         return _sum_log_scale(self, aux, x)
+
+    @at_least_single
+    def _adjoint(self, gradient: Tensor, inverse: bool) -> Tensor:
+        """Return ``J^{-T} g``, that is ``U diag(1 / s) V^T g``; ``J^T g`` in the inverse direction."""
+        first, last = self.right_vectors, self.left_vectors
+        if inverse:
+            first, last = last, first
+        z = self._reflect(first, gradient, transpose=True)
+        return self._reflect(last, z * _along((self.log_scale if inverse else -self.log_scale).exp(), self.dim))
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_path_gradient(self, value, inverse, lambda: self._adjoint(gradient, inverse))
 
 
 def orthogonal(input_dim: int, *, num_reflections: int | None = None, bias: bool = False, dim: int = -1) -> Orthogonal:

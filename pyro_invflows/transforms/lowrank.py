@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import conditional_factory
+from pyro_invflows.core.path_gradient import linear_path_gradient
 from pyro_invflows.support.checks import positive_int
 from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.precision import at_least_single
@@ -125,6 +126,17 @@ class LowRankLinear(Bijection):
         if right is None:
             right = linalg.symmetric_low_rank_inverse(self.right)[1]
         return (left - right).expand(self.log_det_shape(x))
+
+    @at_least_single
+    def _adjoint(self, gradient: Tensor, inverse: bool) -> Tensor:
+        """Return ``J^{-T} g``, that is ``(I + U U^T)^{-1} (I + W W^T) g``; ``J^T g`` in the inverse direction."""
+        outer, other = (self.left, self.right) if inverse else (self.right, self.left)
+        inner, _ = linalg.symmetric_low_rank_inverse(other)
+        rows = gradient + linalg.rows_times(linalg.rows_times(gradient, outer), outer.mT)
+        return rows - linalg.rows_times(linalg.rows_times(rows, inner), inner.mT)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_path_gradient(self, value, inverse, lambda: self._adjoint(gradient, inverse))
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}, rank={self.rank}"

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.conditional import conditional_factory
+from pyro_invflows.core.path_gradient import linear_path_gradient
 from pyro_invflows.support.checks import invertible_matrix
 from pyro_invflows.support.computed import compute_tensors
 from pyro_invflows.support.precision import at_least_single, full_precision
@@ -164,6 +165,22 @@ class LULinear(Bijection):
     @at_least_single
     def _log_det(self, x: Tensor, y: Tensor, aux: Tensor) -> Tensor:
         return _sum_log_scale(self, aux, x)
+
+    @full_precision
+    def _adjoint(self, gradient: Tensor, inverse: bool) -> Tensor:
+        """Return ``J^{-T} g``, by two transposed solves; ``J^T g`` in the inverse direction."""
+        rows = gradient if self.dim == -1 else gradient.movedim(self.dim, -1)
+        if inverse:
+            rows = linalg.rows_times(rows, self._aligned(self._permuted_lower(), 2))
+            rows = linalg.rows_times(rows, self._aligned(self._upper().triu(), 2))
+        else:
+            rows = linalg.solve_for_rows(self._aligned(self._upper(), 2).mT, rows, upper=False)
+            rows = linalg.solve_for_rows(self._aligned(self.triangles, 2).mT, rows, upper=True, unitriangular=True)
+            rows = rows.index_select(-1, self.permutation)
+        return rows if self.dim == -1 else rows.movedim(-1, self.dim)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_path_gradient(self, value, inverse, lambda: self._adjoint(gradient, inverse))
 
     def extra_repr(self) -> str:
         return f"{self.input_dim}" + (f", dim={self.dim}" if self.dim != -1 else "")

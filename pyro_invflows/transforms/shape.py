@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_invflows.core.events import event_constraint
 from pyro_invflows.core.kinds import VolumePreserving
+from pyro_invflows.core.path_gradient import linear_path_gradient
 from pyro_invflows.support.checks import positive_int
 
 __all__ = ["Permute", "PixelShuffle", "permute", "pixel_shuffle"]
@@ -75,6 +76,10 @@ class Permute(VolumePreserving):
     def _inverse_function(self, y: Tensor) -> Tensor:
         # sorted in each call: a second buffer could contradict the first, and a sort is faster than a gather
         return y.index_select(self.dim, self.permutation.argsort())
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        move = self._inverse_function if inverse else self._function
+        return linear_path_gradient(self, value, inverse, lambda: move(gradient))
 
 
 class PixelShuffle(VolumePreserving):
@@ -149,6 +154,10 @@ class PixelShuffle(VolumePreserving):
         *batch, c, h, w = y.shape
         blocks = y.reshape(*batch, c, h // r, r, w // r, r)  # (*B, C, H, i, W, j)
         return blocks.movedim((-3, -1), (-4, -3)).reshape(*batch, c * r * r, h // r, w // r)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        move = self._inverse_function if inverse else self._function
+        return linear_path_gradient(self, value, inverse, lambda: move(gradient))
 
     def extra_repr(self) -> str:
         return str(self.upscale_factor)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyro_invflows.core.bijection import Bijection
+from pyro_invflows.core.path_gradient import linear_path_gradient
 from pyro_invflows.linalg import correlations, covariance_roots, oas_weight, triangular_root
 from pyro_invflows.support.checks import floating_tensor
 from pyro_invflows.support.devices import lacks_float64
@@ -325,6 +326,23 @@ class Whitening(Bijection):
         pixels = x.shape[x.dim() + self.dim + 1 :].numel()
         log_scale = self.triangle.diagonal().sum() if self.trainable else self.log_scale
         return (log_scale * pixels).expand(self.log_det_shape(x))
+
+    @at_least_single
+    def _adjoint(self, gradient: Tensor, inverse: bool) -> Tensor:
+        """Return ``J^{-T} g``; ``J^T g`` in the inverse direction."""
+        rows = gradient if self.dim == -1 else gradient.movedim(self.dim, -1)
+        if inverse:
+            rows = linear(rows, self.matrix.mT)
+        elif self.trainable:
+            flat = rows.reshape(-1, self.input_dim) @ self.rotation.mT
+            flat = torch.linalg.solve_triangular(self._triangle(), flat, upper=False, left=False)
+            rows = flat.reshape(rows.shape)
+        else:
+            rows = linear(rows, self.whitening.mT)
+        return rows if self.dim == -1 else rows.movedim(-1, self.dim)
+
+    def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_path_gradient(self, value, inverse, lambda: self._adjoint(gradient, inverse))
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_dim}, method={self.method!r}, shrinkage={self.shrinkage!r}"]
