@@ -8,6 +8,7 @@ from pyro_invflows.core.flow_distribution import FlowDistribution
 from pyro_invflows.core.inverted import Inverted
 from pyro_invflows.core.kinds import ContextLayer, Elementwise, VolumePreserving
 from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
+from pyro_invflows.inference import PathELBO
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning, ReconstructionError
 from pyro_invflows.transforms import (
     ELU,
@@ -138,6 +139,7 @@ __all__ = [
     "NumericalInverse",
     "Orthogonal",
     "PReLU",
+    "PathELBO",
     "Permute",
     "PixelShuffle",
     "Planar",

@@ -15,7 +15,15 @@ import pyro_invflows
 ROOT = Path(pyro_invflows.__file__).parent
 #: The folders by floors, the lowest first; folders on the same floor do not import each other. Files beside the folders
 #: may use every floor.
-FLOORS = [{"support"}, {"linalg"}, {"logdet", "networks", "solvers"}, {"monotone"}, {"core"}, {"transforms"}]
+FLOORS = [
+    {"support"},
+    {"linalg"},
+    {"logdet", "networks", "solvers"},
+    {"monotone"},
+    {"core"},
+    {"transforms"},
+    {"inference"},
+]
 
 
 def parts(module: str) -> list[str]:
