@@ -67,6 +67,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench_residual.py --output benchmarks/results/residual.md
 	$(BIN)/python benchmarks/splines.py --output benchmarks/results/splines.md
 	$(BIN)/python benchmarks/autoregressive.py --output benchmarks/results/autoregressive.md
+	$(BIN)/python benchmarks/posteriors.py --output benchmarks/results/posteriors.json --seconds 10
 	$(BIN)/python benchmarks/bench_whitening.py --output benchmarks/results/whitening.md
 
 docs: $(VENV)/.docs

@@ -29,12 +29,15 @@ def shown(timing: Timing, name: str, reference: str, digits: int = 1) -> str:
     return f"{timing.ratio(name, reference):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}); {times}"
 
 
-def write(figures: Sequence[Figure], path: Path, rounds: int) -> None:
-    """Write the table as markdown, and print it."""
+def write(figures: Sequence[Figure], path: Path, rounds: int = 0, about: str | None = None) -> None:
+    """Write the table as markdown, and print it; ``about`` says how it was measured, if not in rounds."""
     verdict = {True: "yes", False: "**no**", None: ""}
-    lines = [
+    in_rounds = (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads; ratios are medians over {rounds} rounds of one "
-        "run, taken in turns, with quartiles; times are medians.",
+        "run, taken in turns, with quartiles; times are medians."
+    )
+    lines = [
+        in_rounds if about is None else about,
         "",
         "| figure | measured | must reach | reached |",
         "|---|---|---|---|",
