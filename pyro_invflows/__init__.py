@@ -1,5 +1,6 @@
 """Invertible layers for Pyro and torch.distributions that work in both directions on any data."""
 
+from pyro_invflows import flows as flows
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.chain import Chain, stack
 from pyro_invflows.core.conditional import Conditional
@@ -10,6 +11,7 @@ from pyro_invflows.core.kinds import ContextLayer, Elementwise, VolumePreserving
 from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
 from pyro_invflows.inference import PathELBO
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning, ReconstructionError
+from pyro_invflows.training import History, fit
 from pyro_invflows.transforms import (
     ELU,
     SELU,
@@ -129,6 +131,7 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "GeneralizedSylvester",
+    "History",
     "Interval",
     "Inverted",
     "LULinear",
@@ -186,6 +189,7 @@ __all__ = [
     "contractive_residual",
     "diagonal",
     "elu",
+    "fit",
     "generalized_sylvester",
     "inject_noise",
     "interval",

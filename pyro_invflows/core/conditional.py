@@ -127,7 +127,7 @@ class Conditional(nn.Module):
             )
         if hypernet is not None:
             self._check_hypernet(hypernet)
-        elif sizes:
+        elif sum(sizes):
             hypernet = dense_network(context_dim, hidden_dims, sum(sizes), activation=activation, zero_output=True)
         self.hypernet = hypernet
 
@@ -193,7 +193,8 @@ class Conditional(nn.Module):
                 )
             context = context.to(reference.dtype)
         batch = context.shape[:-1]
-        pieces: Iterator[Tensor] = iter(())
+        # without a hypernetwork, the tensors that it would set have no elements
+        pieces: Iterator[Tensor] = iter([context.new_zeros((*batch, 0))] * len(self._sizes()))
         if self.hypernet is not None:
             value = call_network(self.hypernet, context, owner="Conditional")
             self._check_output(value, batch)
