@@ -409,3 +409,40 @@ def test_half_precision_layers_may_be_under_autocast(make):
     y = torch.randn(3, 4).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer.inv(y).isfinite().all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dim", "hidden_dim"), [(1, 3), (3, 7), (4, 5), (5, 5), (5, 4), (9, 40)])
+def test_more_hidden_dimensions_than_elements_or_fewer(dim, hidden_dim, form, order):
+    """The determinant and the root are taken in the smaller number of dimensions: both against autodiff."""
+    layer = low_rank(dim, form, 2.0, hidden_dim=hidden_dim, order=order)
+    x = torch.randn(6, dim, dtype=F64)
+    y, ladj = pf.call_and_ladj(layer, x)
+    jacobians = torch.stack([torch.autograd.functional.jacobian(layer._call, row) for row in x])
+    torch.testing.assert_close(ladj, torch.linalg.slogdet(jacobians)[1], rtol=0, atol=1e-12)
+    y = y.detach().requires_grad_()
+    back, inverse = pf.inv_and_ladj(layer, y)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(inverse, -ladj, rtol=0, atol=1e-11)
+    weight = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(back, y, weight)
+    expected = torch.linalg.solve(jacobians.mT, weight.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-11)
+    with torch.no_grad():
+        torch.testing.assert_close(pf.inv_and_ladj(layer, y.detach().clone()), (back, inverse), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dim", "hidden_dim"), [(2, 4), (3, 2)])
+def test_second_order_where_the_hidden_dimensions_are_more_or_fewer(dim, hidden_dim, form):
+    layer = low_rank(dim, form, hidden_dim=hidden_dim, order=2)
+    y = torch.randn(2, dim, dtype=F64, requires_grad=True)
+    for direction in (pf.call_and_ladj, pf.inv_and_ladj):
+
+        def run(y, *_, direction=direction):
+            return direction(layer, y)
+
+        parameters = [layer.weight_in, layer.weight_out]
+        assert torch.autograd.gradcheck(run, (y, *parameters))
+        assert torch.autograd.gradgradcheck(run, (y, *parameters))

@@ -70,12 +70,13 @@ class LowRankResidual(Bijection):
     special: it needs no permutation and no split.
 
     **Forward**: O(D k) per point after O(k^2 D + k^3) once, for the norms. **Inverse**: a root in k dimensions,
-    :math:`s + W g(s) = W y` for :math:`s = W x`, where W is the first matrix, by Newton's method with k x k matrices.
-    Rows that it does not solve are finished by a fixed-point iteration, which converges because of the bound. Implicit
-    gradients, first order in reverse and forward mode (second derivatives raise ``NotImplementedError``); use
-    ``order=2`` for higher orders. **Log-det**: exact, :math:`\log\det(I_k + M)` by the determinant lemma, O(D k^2) per
-    point (bottleneck) or O(k^3) (sandwich). **Identity**: exactly, at initialisation (the last matrix is zero); the
-    other matrices are drawn with torch's global generator.
+    :math:`s + W g(s) = W y` for :math:`s = W x`, where W is the first matrix, by Newton's method with k x k matrices;
+    where D < k, a root in D dimensions, :math:`x + g(x) = y`. Rows that it does not solve are finished by a fixed-point
+    iteration, which converges because of the bound. Implicit gradients, first order in reverse and forward mode (second
+    derivatives raise ``NotImplementedError``); use ``order=2`` for higher orders. **Log-det**: exact,
+    :math:`\log\det(I_k + M)` by the determinant lemma, O(D k^2) per point (bottleneck) or O(k^3) (sandwich); where
+    D < k, from the D x D Jacobian, O(D k^2 + D^3). **Identity**: exactly, at initialisation (the last matrix is zero);
+    the other matrices are drawn with torch's global generator.
 
     Args:
         input_dim: Size D of an event.
@@ -189,6 +190,15 @@ class LowRankResidual(Bijection):
         weights, norms = contract_product(raw, self.lipschitz)
         return _Network(weights, biases, norms[0])
 
+    @property
+    def _in_event(self) -> bool:
+        """Whether the root and the determinant are taken in the D dimensions of the event, which are fewer than k."""
+        return self.input_dim < self.hidden_dim
+
+    def _enter(self, network: _Network, x: Tensor) -> Tensor:
+        """Return the output of the first matrix."""
+        return affine(x, network.weights[0], network.biases[0])
+
     def _hidden(self, network: _Network, s: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the output of the last activation for s, the output of the first matrix, and all slopes on the way."""
         if self.form == "bottleneck":
@@ -215,36 +225,65 @@ class LowRankResidual(Bijection):
         first, *second = slopes
         return (fold, second[0], network.weights[1], first) if second else (fold, first, network.weights[1], None)
 
+    def _jacobian(self, network: _Network, slopes: tuple[Tensor, ...]) -> Tensor:
+        """Return dy/dx, ``(*B, D, D)``."""
+        behind: list[Tensor | None] = [None, *slopes] if self.form == "bottleneck" else [*slopes, None]
+        product = linalg.cyclic_product(network.weights, behind)
+        return product + torch.eye(self.input_dim, dtype=product.dtype, device=product.device)
+
+    def _equation(self, network: _Network) -> FoldedEquation:
+        """Return the equation of the inverse: in s, the output of the first matrix, or in x."""
+        hidden = self._hidden_at(network, out_of_place(self.activation))
+        if not self._in_event:
+            fold = self._fold(network)
+            return FoldedEquation(
+                hidden,
+                fold,
+                lambda s: self._hidden(network, s)[1],
+                lambda slopes: linalg.contraction_matrix(*self._factors(network, fold, slopes)),
+            )
+        weight = network.weights[-1]
+        if self.form == "bottleneck":
+            weight = torch.eye(self.input_dim, dtype=weight.dtype, device=weight.device)
+        return FoldedEquation(
+            hidden,
+            weight,
+            lambda x: self._hidden(network, self._enter(network, x))[1],
+            lambda slopes: self._jacobian(network, slopes),
+        )
+
+    def _hidden_at(self, network: _Network, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return the output of the last activation as a function of the equation's unknown."""
+        if self._in_event:
+            return lambda x: self._hidden_value(network, self._enter(network, x), activation)
+        return lambda s: self._hidden_value(network, s, activation)
+
     # ------------------------------------------------------------------ hooks
 
     @at_least_single
     def _forward_aux(self, x: Tensor) -> tuple[Tensor, tuple[_Network, tuple[Tensor, ...]]]:
         network = self._network()
-        h, slopes = self._hidden(network, affine(x, network.weights[0], network.biases[0]))
+        h, slopes = self._hidden(network, self._enter(network, x))
         return x + self._out(network, h), (network, slopes)
 
     @full_precision
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[_Network, Any]]:
         network = self._network()
-        fold = self._fold(network)
-        c = affine(y, network.weights[0], network.biases[0])
-        if self.form == "sandwich":
-            c = c - affine(self.bias_out, network.weights[0], None)
+        equation, plain = self._equation(network), out_of_place(self.activation)
+        if self._in_event:
+            c, unit = y if self.form == "bottleneck" else y - self.bias_out, torch.ones_like(network.norm)
+        else:
+            c, unit = self._enter(network, y), network.norm
+            if self.form == "sandwich":
+                c = c - affine(self.bias_out, network.weights[0], None)
         if self.batch_shape:
             c = c.expand(*torch.broadcast_shapes(c.shape[:-1], self.batch_shape), -1)
 
-        plain = out_of_place(self.activation)
-        equation = FoldedEquation(
-            lambda s: self._hidden_value(network, s, plain),
-            fold,
-            lambda s: self._hidden(network, s)[1],
-            lambda slopes: linalg.contraction_matrix(*self._factors(network, fold, slopes)),
-        )
         frozen = None if in_transform(c) else getattr(self.activation, "frozen", None)
         activation = plain if frozen is None else frozen()
         with torch.no_grad():
-            looped = equation._replace(hidden=lambda s: self._hidden_value(network, s, activation))
-            s, h = self._solve(looped, c, y, network.norm)
+            looped = equation._replace(hidden=self._hidden_at(network, activation))
+            s, h = self._solve(looped, c, y, unit)
         if not torch.is_grad_enabled() and not in_forward_mode() and not in_transform(c):
             return y - self._out(network, looped.hidden(s) if h is None else h), (network, s)
         s = implicit_gradient(
@@ -254,11 +293,11 @@ class LowRankResidual(Bijection):
             order=self.order,
             owner="LowRankResidual",
         )
-        h, slopes = self._hidden(network, s)
+        h, slopes = self._hidden(network, self._enter(network, s) if self._in_event else s)
         return y - self._out(network, h), (network, slopes)
 
     def _solve(self, equation: FoldedEquation, c: Tensor, y: Tensor, norm: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Solve in the hidden dimensions; return s, and h if it is known.
+        """Solve the equation; return its solution, and h if it is known.
 
         The tolerance refers to y, so residuals in the hidden dimensions are divided by the norm of the first matrix.
         """
@@ -302,8 +341,10 @@ class LowRankResidual(Bijection):
     @full_precision
     def _log_det(self, x: Tensor, y: Tensor, aux: tuple[_Network, Any]) -> Tensor:
         network, slopes = aux
-        if isinstance(slopes, Tensor):  # the solution in the hidden dimensions, from an inverse without gradients
-            slopes = self._hidden(network, slopes)[1]
+        if isinstance(slopes, Tensor):  # the equation's solution, from an inverse without gradients
+            slopes = self._equation(network).slopes(slopes)
+        if self._in_event:
+            return linalg.log_abs_det(self._jacobian(network, slopes))
         return linalg.contraction_log_det(*self._factors(network, self._fold(network), slopes))
 
     def extra_repr(self) -> str:
