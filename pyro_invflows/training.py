@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pyro_invflows.core.chain import Chain
-from pyro_invflows.core.one_pass import inv_and_ladj
+from pyro_invflows.core.faults import first_fault
 from pyro_invflows.support.checks import positive_int, positive_number, real_number
+from pyro_invflows.support.optimisers import decaying_adam, default_decay
 from pyro_invflows.support.ranks import Ranks
 from pyro_invflows.support.rows import Rows, distribution_of, held_out, split
 
@@ -92,6 +92,7 @@ def fit(
     seconds: float | None = None,
     patience: int | None = 20,
     clip: float | None = 5.0,
+    weight_decay: float | None = None,
     averaging: float = 0.995,
     initialize: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -101,7 +102,7 @@ def fit(
 ) -> History:
     r"""Train a flow by maximum likelihood, in place.
 
-    It minimises the mean of ``-flow(context).log_prob(data)`` with Adam, a learning rate that falls as a half cosine
+    It minimises the mean of ``-flow(context).log_prob(data)`` with AdamW, a learning rate that falls as a half cosine
     over the whole run, clipped gradients and an exponential moving average of the parameters. After each epoch the
     averaged parameters are scored on held-out rows. At the end the flow holds those with the best score; if training is
     interrupted (Ctrl-C), it holds the best ones so far.
@@ -126,6 +127,9 @@ def fit(
         seconds: Largest number of seconds to train; the learning rate falls over this time, if it is reached first.
         patience: Number of epochs without a better score after which training stops; None for no early stopping.
         clip: Largest norm of all gradients together; longer ones are scaled down. None for no clipping.
+        weight_decay: Decay of the weights of all dense and convolutional layers (of no other parameters), which keeps
+            networks from learning few rows by heart. By default ``(11000 / N) ** 2`` for N rows to train on, at most
+            1, so that it matters below about 20 000 rows.
         averaging: Decay of the moving average, per step; 0 for none. It starts lower, so that the first steps fade.
         initialize: Whether to call ``flow.initialize`` first, if the flow has that method, with at most 65 536 of the
             rows. False continues the training of a flow.
@@ -145,6 +149,7 @@ def fit(
             start: the message names the first layer whose result was not.
 
     Example:
+        >>> from pyro_invflows import flows
         >>> flow = flows.neural_spline_flow(2, num_layers=2, hidden_dims=[16])
         >>> data = torch.randn(400, 2).exp()
         >>> history = fit(flow, data, max_epochs=5, progress=False)
@@ -158,8 +163,11 @@ def fit(
         None if seconds is None else positive_number(seconds, "seconds", "fit"),
         None if patience is None else positive_int(patience, "patience", "fit"),
         math.inf if clip is None else positive_number(clip, "clip", "fit"),
+        None if weight_decay is None else real_number(weight_decay, "weight_decay", "fit"),
         real_number(averaging, "averaging", "fit"),
     )
+    if settings.weight_decay is not None and settings.weight_decay < 0:
+        raise ValueError(f"fit: weight_decay must be at least 0, but got {weight_decay!r}.")
     if not 0 <= settings.averaging < 1:
         raise ValueError(f"fit: averaging must be at least 0 and below 1, but got {averaging!r}.")
     inner = flow.module if isinstance(flow, DistributedDataParallel) else flow
@@ -195,6 +203,7 @@ class _Settings(NamedTuple):
     seconds: float | None
     patience: int | None
     clip: float
+    weight_decay: float | None
     averaging: float
 
 
@@ -232,7 +241,9 @@ class _Run:
             self.inner.initialize(*(t for t in start if t is not None))  # type: ignore[operator]
         self.batch = min(self.settings.batch_size, len(self.rows.data))
         self.epoch_steps = len(self.rows.data) // self.batch
-        self.optimiser = _adam(self.parameters, self.settings.learning_rate)
+        decay = self.settings.weight_decay
+        decay = default_decay(len(self.rows.data)) if decay is None else decay
+        self.optimiser = decaying_adam(self.inner, self.settings.learning_rate, decay) if self.parameters else None
         self.average = AveragedModel(self.inner, multi_avg_fn=self._move) if self.settings.averaging else None
 
     def train(self, path: Path | None, bar: Any, callback: Callable[[History], Any] | None) -> None:
@@ -295,8 +306,15 @@ class _Run:
         self.history.skipped += 1
         self.lost += 1
         if self.history.skipped == len(self.history.losses) == _NEVER:
+            with torch.no_grad():
+                fault = first_fault(distribution_of(self.inner, rows.context), rows.data)
+            if not fault:
+                names = [
+                    n for n, p in self.inner.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+                ]
+                fault = f"The density is finite, but not the gradients of {', '.join(names[:3])}."
             raise ValueError(
-                f"fit: the loss must be finite, but none of the first {_NEVER} steps was. {_first_fault(self, rows)} "
+                f"fit: the loss must be finite, but none of the first {_NEVER} steps was. {fault} "
                 "Rescale the data (is the flow initialised from them?), or lower the learning rate."
             )
 
@@ -401,15 +419,6 @@ class _Run:
             self.optimiser.load_state_dict(saved["optimiser"])
 
 
-def _adam(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Adam | None:
-    """Return the optimiser, in its fastest form on the parameters' devices."""
-    if not parameters:
-        return None
-    return torch.optim.Adam(
-        parameters, lr=learning_rate, fused=all(p.device.type in ("cpu", "cuda") for p in parameters)
-    )
-
-
 def _last(values: list[float]) -> str:
     return f"{values[-1]:.3f}" if values else "-"
 
@@ -424,26 +433,3 @@ def _progress_bar(epochs: int, wanted: bool) -> Any:
         except ImportError:
             pass
     return None
-
-
-@torch.no_grad()
-def _first_fault(run: _Run, rows: Rows) -> str:
-    """Say which layer is the first, from the data, whose result is not finite."""
-    distribution = distribution_of(run.inner, rows.context)
-    transforms = getattr(distribution, "transforms", [])
-    parts = [part for t in transforms for part in (t if isinstance(t, Chain) else [t])]
-    value = rows.data
-    for i, part in reversed(list(enumerate(parts))):
-        value, ladj = inv_and_ladj(part, value)
-        for tensor, said in ((value, "the result"), (ladj, "the log-det")):
-            if not tensor.isfinite().all():
-                name = str(part).splitlines()[0]
-                return (
-                    f"The first layer at fault, from the data to the base, is layer {i}, {name}: {said} is not finite."
-                )
-    if parts and not distribution.base_dist.log_prob(value).isfinite().all():
-        return "All layers are finite; the density of the base is not."
-    for name, parameter in run.inner.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"The density is finite; the gradient of {name} is not."
-    return "No single layer is at fault."
