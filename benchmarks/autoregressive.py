@@ -2,10 +2,13 @@
 
 ``python benchmarks/autoregressive.py --output FILE`` writes a markdown table of ratios, medians and quartiles over the
 rounds of one run, taken in turns (see ``timing.py``), with one thread; a few minutes. ``--short``: few rounds.
+``--part NAME``: one part of the table, printed only.
 
 One layer, affine or a rational-quadratic spline of 8 bins on [-5, 5], over 8, 64 and 256 elements with masked ReLU
 networks of two hidden layers of 128, 128 and 512 units, at a batch of 256. zuko's ``MaskedAutoregressiveTransform`` of
 the same sizes inverts by one evaluation of its network for each element. Both directions give the log-det as well.
+Then whole flows of such layers, drawing 1000 points beside zuko's ``NSF``; and ``GeneralizedSylvester``, which is a
+rotation around an autoregressive layer, with small and large parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from report import Figure, shown, write
 from timing import Contestant, race
 from torch import Tensor, nn
 
-from pyro_invflows import affine_autoregressive, call_and_ladj, inv_and_ladj, spline_autoregressive
+from pyro_invflows import (
+    affine_autoregressive,
+    call_and_ladj,
+    generalized_sylvester,
+    inv_and_ladj,
+    neural_spline_flow,
+    spline_autoregressive,
+)
 
 BATCH, BINS, BOUND = 256, 8, 5.0
 SIZES = {8: 128, 64: 128, 256: 512}
@@ -121,18 +131,83 @@ def _figures(name: str, dim: int, batch: int, rounds: int) -> list[Figure]:
     return [*figures, at_least("zuko's inverse + log-det over ours", "zuko, inverse", "inverse", required)]
 
 
+def _layers(name: str, rounds: int) -> list[Figure]:
+    figures = []
+    for dim, batch in ((8, BATCH), (64, BATCH), (64, 1024), (256, BATCH)):
+        figures += _figures(name, dim, batch, rounds)
+    return figures
+
+
+def sampling(rounds: int) -> list[Figure]:
+    """Draw points from a ready-made flow, and from zuko's of the same size."""
+    torch.manual_seed(0)
+    dim, hidden, layers, points = 64, (64, 64), 4, 1000
+    ours = _with_weights(neural_spline_flow(dim, num_layers=layers, hidden_dims=hidden, num_bins=BINS))
+    theirs = _with_weights(zuko.flows.NSF(dim, bins=BINS, transforms=layers, hidden_features=hidden))
+    # zuko takes seconds: few rounds
+    timing = race(
+        {
+            "ours": Contestant(torch.no_grad()(lambda _: ours().sample((points,)))),
+            "zuko": Contestant(torch.no_grad()(lambda _: theirs().sample((points,)))),
+        },
+        rounds=max(2, rounds // 5),
+        repeats=1,
+        warmup=1,
+    )
+    ratio = timing.ratio("zuko", "ours")
+    what = f"{points} points from neural_spline_flow({dim}), {layers} layers: zuko's NSF over ours"
+    return [Figure(what, shown(timing, "zuko", "ours"), ">= 20", ratio >= 20)]
+
+
+def sylvester(rounds: int) -> list[Figure]:
+    """Compare the directions of ``GeneralizedSylvester``."""
+    figures = []
+    for dim, hidden in SIZES.items():
+        for strength, size in (("small", 0.05), ("large", 0.5)):
+            torch.manual_seed(0)
+            layer = generalized_sylvester(dim, [hidden] * 2).with_cache(0)
+            with torch.no_grad():
+                for parameter in layer.parameters():
+                    parameter.add_(size * torch.randn_like(parameter))
+                x = torch.randn(BATCH, dim)
+                y = layer(x)
+                error = (layer(layer.inv(y.clone())) - y).abs().max().item()
+            forward, inverse = partial(call_and_ladj, layer), partial(inv_and_ladj, layer)
+            timing = race(
+                {"forward": _without_gradient(forward, x), "inverse": _without_gradient(inverse, y)},
+                rounds=rounds,
+                repeats=3,
+            )
+            figures.append(
+                Figure(
+                    f"GeneralizedSylvester, D {dim}, batch {BATCH}, {strength} parameters (std {size}): "
+                    "inverse + log-det over forward + log-det",
+                    f"{shown(timing, 'inverse', 'forward')}; error in y {error:.0e}",
+                    "<= 8",
+                    timing.ratio("inverse", "forward") <= 8,
+                )
+            )
+    return figures
+
+
+PARTS: dict[str, Callable[[int], list[Figure]]] = {
+    "affine": partial(_layers, "affine"),
+    "spline": partial(_layers, "spline"),
+    "sampling": sampling,
+    "sylvester": sylvester,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/autoregressive.md"))
     parser.add_argument("--short", action="store_true", help="few rounds")
+    parser.add_argument("--part", choices=list(PARTS), help="measure this part alone, and write no file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rounds = 3 if arguments.short else 15
-    figures = []
-    for name in FUNCTIONS:
-        for dim, batch in ((8, BATCH), (64, BATCH), (64, 1024), (256, BATCH)):
-            figures += _figures(name, dim, batch, rounds)
-    write(figures, arguments.output, rounds)
+    parts = [arguments.part] if arguments.part else list(PARTS)
+    write([f for part in parts for f in PARTS[part](rounds)], None if arguments.part else arguments.output, rounds)
 
 
 if __name__ == "__main__":

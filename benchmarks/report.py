@@ -43,6 +43,7 @@ def write(figures: Sequence[Figure], path: Path, rounds: int = 0, about: str | N
         "|---|---|---|---|",
         *(f"| {f.name} | {f.measured} | {f.wanted} | {verdict[f.met]} |" for f in figures),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -2,12 +2,17 @@
 
 ``python benchmarks/splines.py --output FILE`` writes a markdown table of ratios, medians and quartiles over the rounds
 of one run, taken in turns (see ``timing.py``), with one thread; a few minutes. ``--short``: few rounds.
+``--part NAME``: one part of the table, printed only.
 
 Every library has four couplings with rational-quadratic splines of 8 bins on [-5, 5], over 64 elements, half of which
 decide, with dense ReLU networks of hidden widths 128 and 128, over a standard normal base. Pyro's ``linear`` order is
 the rational-linear spline of Dolatabadi et al. (2020). Its couplings, unlike the others, also bend the half that
 decides, by learned constants; ``identity=True`` leaves that out. zuko has couplings of two kinds: ``NSF(passes=2)``,
 whose masked networks read and write all elements and are run once a pass, and its ``GeneralCouplingTransform``.
+
+Further parts: whole flows compiled, over the same run eagerly; ``LULinear`` beside ``SVDLinear``; and
+``LowRankResidual`` with more hidden dimensions than elements, beside the same layer that takes its determinant in the
+hidden dimensions, and beside a spline coupling with a network of the same widths.
 """
 
 from __future__ import annotations
@@ -32,7 +37,16 @@ from report import Figure, shown, write
 from timing import Contestant, race
 from torch import Tensor, nn
 
-from pyro_invflows import Flow, call_and_ladj, inv_and_ladj, spline_coupling
+from pyro_invflows import (
+    Flow,
+    LowRankResidual,
+    affine_coupling,
+    call_and_ladj,
+    inv_and_ladj,
+    lu_linear,
+    spline_coupling,
+    svd_linear,
+)
 from pyro_invflows.monotone import RationalQuadraticSpline
 from pyro_invflows.networks import dense_network
 
@@ -229,8 +243,96 @@ def speed(rounds: int) -> list[Figure]:
     return figures
 
 
+def _layer_step(layer: nn.Module, dim: int) -> Contestant:
+    """One pass with the log-det, and backward."""
+
+    def prepare() -> Tensor:
+        layer.zero_grad()
+        return torch.randn(BATCH, dim)
+
+    def step(x: Tensor) -> None:
+        y, ladj = call_and_ladj(layer, x)
+        (0.5 * y.square().sum(-1) - ladj).mean().backward()
+
+    return Contestant(step, prepare)
+
+
+def compiled(rounds: int) -> list[Figure]:
+    """Compare a training step of whole flows, compiled and eager."""
+    figures = []
+    for name, make, count, least in (
+        ("affine", affine_coupling, 8, 1.3),
+        ("spline", partial(spline_coupling, num_bins=BINS, bound=BOUND), 2, 1.4),
+    ):
+        layers = [make(DIM, HIDDEN, keep="last" if i % 2 else "first") for i in range(count)]
+        flow = Flow(_standard_normal(), layers)
+        parameters = set_weights(flow)
+
+        def log_prob(x: Tensor, flow: Flow = flow) -> Tensor:
+            return flow().log_prob(x)
+
+        eager = FlowContestant(parameters, log_prob, lambda n: torch.empty(n), True)
+        fast = FlowContestant(parameters, torch.compile(log_prob, fullgraph=True), lambda n: torch.empty(n), True)
+        timing = race({"eager": _step(eager), "compiled": _step(fast)}, rounds=rounds, repeats=5)
+        ratio = timing.ratio("eager", "compiled")
+        what = f"{count} {name} couplings, log_prob + backward: eager over compiled"
+        figures.append(Figure(what, shown(timing, "eager", "compiled", 2), f">= {least}", ratio >= least))
+    return figures
+
+
+def linear(rounds: int) -> list[Figure]:
+    """Compare the two dense linear layers."""
+    figures = []
+    for dim in (64, 256):
+        layers = {"LU": lu_linear(dim), "SVD": svd_linear(dim)}
+        with torch.no_grad():
+            for parameter in (p for layer in layers.values() for p in layer.parameters()):
+                parameter.add_(0.1 / dim**0.5 * torch.randn_like(parameter))
+        timing = race({n: _layer_step(layer, dim) for n, layer in layers.items()}, rounds=rounds, repeats=5)
+        ratio = timing.ratio("SVD", "LU")
+        what = f"D {dim}, forward + log-det + backward: SVDLinear over LULinear"
+        figures.append(Figure(what, shown(timing, "SVD", "LU"), ">= 1.8", ratio >= 1.8))
+    return figures
+
+
+class _InHiddenDimensions(LowRankResidual):
+    """The determinant and the inverse in the hidden dimensions, even where they are more than the elements."""
+
+    _in_event = False  # type: ignore[assignment]
+
+
+def low_rank(rounds: int) -> list[Figure]:
+    """Compare a training step where the event is smaller than the hidden layers."""
+    figures = []
+    hidden = HIDDEN[0]
+    for dim in (9, 32):
+        layers: dict[str, nn.Module] = {
+            "ours": LowRankResidual(dim, hidden, form="sandwich"),
+            "in hidden_dim dimensions": _InHiddenDimensions(dim, hidden, form="sandwich"),
+            "spline coupling": spline_coupling(dim, HIDDEN),
+        }
+        with torch.no_grad():
+            for parameter in (p for layer in layers.values() for p in layer.parameters()):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        timing = race(
+            {n: _layer_step(layer, dim) for n, layer in layers.items()}, rounds=max(3, rounds // 4), repeats=2
+        )
+        what = f"LowRankResidual({dim}, {hidden}, form='sandwich'), training step"
+        ratio = timing.ratio("in hidden_dim dimensions", "ours")
+        figures += [
+            Figure(
+                f"{what}: the determinant in {hidden} dimensions over the one in {dim}",
+                shown(timing, "in hidden_dim dimensions", "ours"),
+                ">= 4",
+                ratio >= 4,
+            ),
+            Figure(f"{what}: over a spline coupling", shown(timing, "ours", "spline coupling"), "", None),
+        ]
+    return figures
+
+
 @torch.no_grad()
-def robustness() -> list[Figure]:
+def robustness(_: int) -> list[Figure]:
     """Invert splines in float32 at raw parameters of any size."""
     figures = []
     spline = RationalQuadraticSpline(BINS, BOUND)
@@ -265,16 +367,27 @@ def check() -> None:
     torch.testing.assert_close(inverse, -ladj, atol=1e-3, rtol=1e-3)
 
 
+PARTS: dict[str, Callable[[int], list[Figure]]] = {
+    "speed": speed,
+    "compiled": compiled,
+    "linear": linear,
+    "low_rank": low_rank,
+    "robustness": robustness,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/splines.md"))
     parser.add_argument("--short", action="store_true", help="few rounds")
+    parser.add_argument("--part", choices=list(PARTS), help="measure this part alone, and write no file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rounds = 3 if arguments.short else 25
     check()
-    write([*speed(rounds), *robustness()], arguments.output, rounds)
+    parts = [arguments.part] if arguments.part else list(PARTS)
+    write([f for part in parts for f in PARTS[part](rounds)], None if arguments.part else arguments.output, rounds)
 
 
 if __name__ == "__main__":

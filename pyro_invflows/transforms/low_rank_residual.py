@@ -19,16 +19,10 @@ from pyro_invflows import linalg
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.chain import Chain
 from pyro_invflows.core.conditional import conditional_factory
-from pyro_invflows.networks import (
-    LipSwish,
-    value_and_slope,
-)
+from pyro_invflows.networks import LipSwish, value_and_slope
 from pyro_invflows.networks.bounds import check_lipschitz, make_activations
 from pyro_invflows.networks.calling import out_of_place
-from pyro_invflows.networks.contraction import (
-    affine,
-    contract_product,
-)
+from pyro_invflows.networks.contraction import affine, contract_product
 from pyro_invflows.solvers import Newton, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import FoldedEquation, chord_steps, finish_by_fixed_point
 from pyro_invflows.solvers.settings import chosen_settings
