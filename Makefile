@@ -20,6 +20,7 @@ $(VENV)/.%: $(VENV)/.core
 
 demo: $(VENV)/.tutorials
 	$(BIN)/python tutorials/quickstart.py
+	$(BIN)/python tutorials/two_dimensions.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q --numprocesses 2
