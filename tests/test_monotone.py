@@ -235,8 +235,8 @@ def test_increases(function, direction, dtype):
 @pytest.mark.parametrize("spline", [RationalQuadraticSpline(), RationalQuadraticSpline(num_bins=3)], ids=str)
 def test_neighbouring_floats_never_change_places(spline, direction, std, dtype):
     x, raw = drawn(spline, 200, std=std, elements=1, dtype=dtype, seed=4)
-    knots = spline._knots.positions(spline._knots.shares(raw))[:, int(direction == "inverse")]
-    for start in (x, *knots.unbind(1)):
+    knots = spline._knots.positions_first(spline._knots.sizes_first(raw))[int(direction == "inverse")]
+    for start in (x, *knots):
         value = start
         for _ in range(4):
             value = torch.nextafter(value, torch.full_like(value, -torch.inf))
@@ -255,9 +255,9 @@ def test_splines_are_finite_at_any_parameters(spline, std, error, dtype):
     x, raw = drawn(spline, 300, std=std, elements=1, dtype=dtype, seed=6)
     if isinstance(spline, CircularSpline):
         raw[:, -1] = 0  # the angle, so that knots are knots in both directions
-    knots = spline._knots.positions(spline._knots.shares(raw))
+    knots = spline._knots.positions_first(spline._knots.sizes_first(raw))
     for direction, side in (("forward", 0), ("inverse", 1)):
-        for at in (x, *knots[:, side].unbind(1)):
+        for at in (x, *knots[side]):
             for place in (at, torch.nextafter(at, at - 1), torch.nextafter(at, at + 1)):
                 if isinstance(spline, CircularSpline):
                     place = place.clamp(-spline.bound, spline.bound)

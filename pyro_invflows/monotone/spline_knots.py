@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ __all__ = ["LARGEST_LOG_SLOPE", "Knots"]
 LARGEST_LOG_SLOPE = 3.0
 #: No bin is narrower than this share of the whole, nor, of many bins, than this share of an equal part.
 _LEAST_SHARE, _LEAST_OF_EQUAL = 1e-3, 0.1
+#: e^x = 2^(x / log 2)
+_PER_OCTAVE = 1 / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,42 @@ class Knots:
         )
         knots[:, -1] = self.bound  # whatever rounding made of the sum
         return knots.view(rows, 2, k + 1, elements)
+
+    def sizes_first(self, raw: Tensor) -> Tensor:
+        """Return the widths and heights of the bins, ``(2, K, N, E)``; without a graph.
+
+        With the bins in front, so that every operation runs over whole rows of memory, and in one piece of memory.
+        """
+        rows, _, elements = raw.shape
+        k = self.num_bins
+        logits = raw[:, : 2 * k].unflatten(1, (2, k))
+        sizes = raw.new_empty(2, k, rows, elements)
+        torch.sub(logits.permute(1, 2, 0, 3), logits.amax(2).transpose(0, 1).unsqueeze(1), out=sizes)
+        sizes.mul_(_PER_OCTAVE).exp2_()  # several times as fast as exp_
+        return sizes.div_(sizes.sum(1, keepdim=True).div_(self.shared)).add_(self.least)
+
+    def positions_first(self, sizes: Tensor) -> Tensor:
+        """Return the knots in x and in y, ``(2, K + 1, N, E)``, increasing in floating point, too; without a graph."""
+        k = self.num_bins
+        positions = sizes.new_empty(2, k + 1, *sizes.shape[2:])
+        knots = positions.unbind(1)
+        knots[0].fill_(-self.bound)
+        for i, size in enumerate(sizes.unbind(1)[:-1]):
+            torch.add(knots[i], size, out=knots[i + 1])
+        knots[k].fill_(self.bound)
+        return positions
+
+    def slopes_first(self, raw: Tensor) -> Tensor:
+        """Return the raw log-slopes at all knots, ``(K + 1, N, E)``; without a graph."""
+        rows, _, elements = raw.shape
+        k = self.num_bins
+        slopes = raw.new_empty(k + 1, rows, elements)
+        given = raw[:, 2 * k :].transpose(0, 1)
+        if self.circular:
+            slopes[:k], slopes[k] = given, given[0]
+        else:
+            slopes[0], slopes[1:k], slopes[k] = 0, given, 0
+        return slopes
 
     def shares_with_graph(self, raw: Tensor) -> Tensor:
         """Return the same; torch's own softmax cannot be differentiated by autograd over dual numbers."""

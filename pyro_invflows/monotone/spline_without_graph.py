@@ -55,44 +55,65 @@ def _increasing_inverse(eta: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple
 def evaluate_without_graph(value: Tensor, raw: Tensor, knots: Knots, inverse: bool) -> _Evaluation:
     """Return the result, the log-slope of the forward function, and what the backward pass needs.
 
-    ``value`` (N, E), ``raw`` (N, P, E) or (1, P, E).
+    ``value`` (N, E), ``raw`` (N, P, E) or (1, P, E). Inside, what belongs to an element stands last.
     """
-    rows, elements = value.shape
     k = knots.num_bins
-    shares = knots.shares(raw)
-    positions = knots.positions(shares)
-    below = positions[:, int(inverse), 1:k] <= value.unsqueeze(1)  # (N, K - 1, E)
-    bins = below.sum(1)
-    both = torch.stack((bins, bins + 1), 1).unsqueeze(1).expand(rows, 2, 2, elements)
-    ends = positions.expand(rows, -1, -1, -1).gather(2, both)  # (N, x and y, low and high, E)
-    low, high = ends.unbind(2)
+    sizes = knots.sizes_first(raw)
+    positions = knots.positions_first(sizes)
+    below = positions[int(inverse), 1:k] <= value  # (K - 1, N, E)
+    bins = _count(below)
+    places = _places(bins, raw.shape[0])
+    low, high = _ends(places, value.shape, *positions.unbind(0))  # x and y
     size = high - low
-    width, height = size.unbind(1)
-    index = knots.slope_index(bins)
-    log_d = bounded(knots.free_slopes(raw.expand(rows, -1, -1).gather(1, index), below), LARGEST_LOG_SLOPE)
+    width, height = size.unbind(0)
+    log_d = bounded(torch.cat(_ends(places, value.shape, knots.slopes_first(raw))), LARGEST_LOG_SLOPE)
     d = log_d.exp()
-    d0, d1 = d.unbind(1)
+    d0, d1 = d.unbind(0)
     s = height / width
     if inverse:
-        eta = (value - low[:, 1]).div_(height).clamp_(0, 1)
+        eta = (value - low[1]).div_(height).clamp_(0, 1)
         xi, zeta = _increasing_inverse(eta, s, d0, d1)
-        result = torch.addcmul(low[:, 0], width, xi)
+        result = torch.addcmul(low[0], width, xi)
     else:
-        xi = (value - low[:, 0]).div_(width).clamp_(0, 1)
+        xi = (value - low[0]).div_(width).clamp_(0, 1)
         zeta = 1 - xi
         eta = _increasing_forward(xi, zeta, s, d0, d1)
-        result = torch.addcmul(low[:, 1], height, eta)
-    result = torch.minimum(result, high[:, 1 - int(inverse)])
+        result = torch.addcmul(low[1], height, eta)
+    result = torch.minimum(result, high[1 - int(inverse)])
     u, v, total, top = weights(xi, zeta, s, d0, d1)
     inner_slope = (s / total).mul_(top).div_(total)  # d eta / d xi
     log_slope = (inner_slope * s).log_()
-    pieces = [shares, below, bins, low, size, index, d, log_d, s, xi, zeta, eta, u, v, total, top, inner_slope]
+    pieces = [sizes, below, bins, low, size, d, log_d, s, xi, zeta, eta, u, v, total, top, inner_slope]
     if not knots.circular:
         outside = value.abs() >= knots.bound
         result = torch.where(outside, value, result)
         log_slope = torch.where(outside, 0.0, log_slope)
         pieces.append(outside)
     return result, log_slope, tuple(pieces)
+
+
+def _places(bins: Tensor, rows: int) -> Tensor:
+    """Return where each element's bin stands in a table ``(K, rows, E)``, flattened; ``rows`` is N or 1."""
+    columns = rows * bins.shape[1]
+    within = torch.arange(columns, device=bins.device).view(rows, bins.shape[1])
+    return torch.add(within, bins, alpha=columns).flatten()
+
+
+def _count(mask: Tensor) -> Tensor:
+    """Return how many entries along the first dimension are true."""
+    if mask.shape[0] > 255:
+        return mask.sum(0)
+    return mask.view(torch.uint8).sum(0, dtype=torch.uint8).long()  # several times as fast
+
+
+def _ends(places: Tensor, shape: torch.Size, *tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries of T tables ``(K + 1, N or 1, E)`` at both ends of each bin, twice ``(T, N, E)``."""
+    low, high = (tables[0].new_empty(len(tables), len(places)) for _ in range(2))
+    for table, *target in zip(tables, low, high, strict=True):
+        # one-dimensional selections, which are faster than gather
+        torch.index_select(table[:-1].flatten(), 0, places, out=target[0])
+        torch.index_select(table[1:].flatten(), 0, places, out=target[1])
+    return low.view(len(tables), *shape), high.view(len(tables), *shape)
 
 
 def root_without_graph(value: Tensor, raw: Tensor, knots: Knots) -> Tensor:
@@ -146,10 +167,10 @@ def _gradients(
     grad: Tensor, grad_slope: Tensor, pieces: list[Tensor], knots: Knots, inverse: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the gradient of the given value, and what computes that of raw."""
-    shares, below, bins, low, size, index, d, log_d, s, xi, zeta, eta, u, v, total, top, inner_slope = pieces[:17]
-    outside = None if knots.circular else pieces[17]
-    width, height = size.unbind(1)
-    d0, d1 = d.unbind(1)
+    sizes, below, bins, low, size, d, log_d, s, xi, zeta, eta, u, v, total, top, inner_slope = pieces[:16]
+    outside = None if knots.circular else pieces[16]
+    width, height = size.unbind(0)
+    d0, d1 = d.unbind(0)
     grad_y = grad
     if outside is not None:
         grad_y, grad_slope = torch.where(outside, 0.0, grad), torch.where(outside, 0.0, grad_slope)
@@ -177,34 +198,38 @@ def _gradients(
         upper = torch.add(grad_eta * eta, grad_slope, alpha=2)
         lower = grad_eta - upper
         by_log_d = torch.stack(
-            (torch.addcmul(mixed * lower, part, zeta * zeta), torch.addcmul(-mixed * upper, part, xi * xi)), 1
+            (torch.addcmul(mixed * lower, part, zeta * zeta), torch.addcmul(-mixed * upper, part, xi * xi))
         ).mul_(d)
-        by_log_s = grad_slope - by_log_d.sum(1)
+        by_log_s = grad_slope - by_log_d.sum(0)
         # by the lower knots, and by the sizes of the bin
-        by_low = torch.stack((-grad_x, grad_y), 1)
+        by_low = torch.stack((-grad_x, grad_y))
         by_size = torch.stack(
-            (torch.addcmul(by_log_s, grad_xi, xi).div_(width).neg_(), torch.addcdiv(grad_y * eta, by_log_s, height)), 1
+            (torch.addcmul(by_log_s, grad_xi, xi).div_(width).neg_(), torch.addcdiv(grad_y * eta, by_log_s, height))
         )
         # The lower knot is the sum of the shares below it, the size is one share. Softmax takes from each the mean,
         # weighted by the shares: the lower knot and the size themselves, less what no share can change.
-        mean = torch.add(low, bins.unsqueeze(1), alpha=-knots.least).add_(knots.bound).mul_(by_low)
-        mean = mean.addcmul_(by_size, size - knots.least).neg_()
-        by_raw = raw.new_empty(rows, raw.shape[1], elements)
-        by_shares = mean.new_empty(rows, 2, k, elements)
+        mean = torch.add(low, bins, alpha=-knots.least).add_(knots.bound).mul_(by_low)
+        mean = mean.addcmul_(by_size, size - knots.least).div_(-knots.shared)
+        by_share = mean.new_empty(2, k, rows, elements)
         torch.addcmul(
-            mean.unsqueeze(2),
-            below.to(mean.dtype).unsqueeze(1),
-            by_low.mul_(knots.shared).unsqueeze(2),
-            out=by_shares[:, :, : k - 1],
+            mean.unsqueeze(1), below.to(mean.dtype).unsqueeze(0), by_low.unsqueeze(1), out=by_share[:, : k - 1]
         )
-        by_shares[:, :, k - 1] = mean
-        chosen = bins.view(rows, 1, 1, elements).expand(rows, 2, 1, elements)
-        by_shares.scatter_add_(2, chosen, by_size.mul_(knots.shared).unsqueeze(2))
-        torch.mul(by_shares, shares, out=by_raw[:, : 2 * k].unflatten(1, (2, k)))
-        by_raw[:, 2 * k :] = 0
+        by_share[:, k - 1] = mean
+        places = _places(bins, rows)
+        by_share.flatten(1).scatter_add_(1, places.expand(2, -1), by_size.flatten(1))
         ratio = log_d / LARGEST_LOG_SLOPE
-        by_log_d.addcmul_(by_log_d * ratio, ratio, value=-1)
-        by_raw.scatter_add_(1, index, knots.free_slopes(by_log_d, below))
+        lower, upper = by_log_d.addcmul_(by_log_d * ratio, ratio, value=-1).flatten(1).unbind(0)
+        by_slope = mean.new_zeros(k + 1, rows, elements)
+        by_slope[:-1].flatten().scatter_(0, places, lower)
+        by_slope[1:].flatten().scatter_add_(0, places, upper)
+        by_raw = raw.new_empty(rows, raw.shape[1], elements)
+        logits, slopes = by_raw[:, : 2 * k].unflatten(1, (2, k)).permute(1, 2, 0, 3), by_raw[:, 2 * k :].transpose(0, 1)
+        torch.mul(by_share, sizes - knots.least, out=logits)
+        if knots.circular:
+            by_slope[0] += by_slope[k]
+            slopes.copy_(by_slope[:k])
+        else:
+            slopes.copy_(by_slope[1:k])
         return by_raw if raw.shape[0] == rows else by_raw.sum(0, keepdim=True)
 
     return grad_value, of_raw
