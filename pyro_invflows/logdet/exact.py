@@ -21,7 +21,7 @@ class Exact(LogDet):
 
     If the network knows its Jacobian in closed form (:class:`~pyro_invflows.networks.ContractiveMLP`), the determinant
     has the size of its narrowest layer. For any other network, the Jacobian takes one vector-Jacobian product for each
-    element of the event. At most O(E^3) per point. Derivatives of every order.
+    element of the event. At most O(E^3) per point. Derivatives of all orders.
 
     Args:
         max_event_size: Largest number of elements of an event; a larger event needs an estimator, or a larger limit.

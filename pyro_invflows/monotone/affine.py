@@ -19,13 +19,13 @@ class Affine(MonotoneFunction):
 
     .. math:: y = e^{s} x + t, \qquad s = m \tanh(\tilde s / m).
 
-    Two raw parameters an element: the log-scale, then the shift.
+    Two raw parameters per element: the log-scale and the shift.
 
     Args:
-        max_log_scale: The bound m of the log-scale.
+        max_log_scale: Bound m on the log-scale.
 
     References:
-        Dinh et al. (2017), *Density estimation using Real NVP*, Eq. 8; the bound after Ardizzone et al. (2019),
+        Dinh et al. (2017), *Density estimation using Real NVP*, Eq. 8; the bound follows Ardizzone et al. (2019),
         *Analyzing inverse problems with invertible neural networks*.
     """
 
@@ -57,7 +57,7 @@ class Affine(MonotoneFunction):
 
 @dataclass(frozen=True)
 class Additive(MonotoneFunction):
-    """Shifts: ``y = x + t``, one raw parameter an element.
+    """Shifts: ``y = x + t``, one raw parameter per element.
 
     References:
         Dinh et al. (2015), *NICE: non-linear independent components estimation*, Eq. 9.

@@ -1,4 +1,4 @@
-"""What every increasing function of one variable promises to the layers that are made of it."""
+"""The base class of increasing functions of one variable, from which layers are built."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["MonotoneFunction", "bounded", "evaluate"]
 class MonotoneFunction:
     r"""An increasing function of one variable whose parameters are given as tensors.
 
-    It acts on each of E elements alone, and knows nothing of layers, events or networks. A layer gets the parameters
-    from somewhere (learned constants, a network of other elements) and calls the function.
+    It acts on each of E elements separately, and knows nothing of layers, events or networks. A layer obtains the
+    parameters (learned constants, or the output of a network that reads other elements) and calls the function.
 
-    **How to write one**: two methods and a number. :class:`~pyro_invflows.Monotone` and
-    :class:`~pyro_invflows.Coupling` then make layers of it::
+    **How to write one**: define two methods and a number. :class:`~pyro_invflows.Monotone`,
+    :class:`~pyro_invflows.Coupling` and :class:`~pyro_invflows.Autoregressive` then turn it into layers::
 
         class Scale(MonotoneFunction):
             num_parameters = 1
@@ -32,24 +32,25 @@ class MonotoneFunction:
                 (log_scale,) = raw.unbind(-2)
                 return y * (-log_scale).exp(), log_scale
 
-    **Shapes**. x and y are ``(*B, E)``; ``raw`` is ``(*B, P, E)``, with the parameters' axis last but one, in front of
-    the elements' one: sums over knots then run over whole cache lines. Both batch shapes broadcast; the value returned
-    has the broadcast shape, and the log-slope one that broadcasts with it. Whoever has an event of several dimensions
-    flattens it to one axis of elements.
+    **Shapes**. x and y are ``(*B, E)``; ``raw`` is ``(*B, P, E)``, with the parameter axis in front of the element
+    axis, so that sums over knots run over contiguous memory. The batch shapes of the two broadcast; the value returned
+    has the broadcast shape, and the log-slope has a shape that broadcasts with it. A caller whose event has several
+    dimensions flattens them into one axis of elements.
 
-    **Parameters**. Any real number is legal, and zeros are the identity. Scales and slopes are bounded smoothly.
+    **Parameters**. Any real numbers are allowed, and zeros give the identity. Scales and slopes are bounded smoothly.
 
-    **Values**. Never NaN for finite arguments, and finite where the result can be represented. The log-slope is always
-    that of the forward function, at x, and finite. It may be None where the slope is 1 everywhere. Each direction
-    increases, up to rounding.
+    **Values**. Never NaN for finite arguments, and finite if the result can be represented. The log-slope is always
+    that of the forward function, at x, and finite. It may be None if the slope is 1 everywhere. Each direction is
+    increasing, up to rounding error.
 
-    **Derivatives**. Of every order, by autograd and ``torch.func``.
+    **Derivatives**. Of all orders, by autograd and ``torch.func``.
 
     Attributes:
-        num_parameters: P, the number of raw parameters of an element.
-        domain: Where x and y live; all real numbers unless the function says otherwise.
-        identity_outside: The function leaves x with ``|x|`` beyond this bound as it is; None where there is no bound.
-        raw_names: What the parameters are, in their order, for error messages.
+        num_parameters: P, the number of raw parameters per element.
+        domain: The set that x and y belong to; all real numbers by default.
+        identity_outside: The bound beyond which the function is the identity: ``y = x`` for larger ``|x|``; None
+            if there is no such bound.
+        raw_names: Names of the parameters, in order, for error messages.
     """
 
     num_parameters: int
@@ -70,9 +71,10 @@ class MonotoneFunction:
 
     @outside_inference_mode
     def root(self, y: Tensor, raw: Tensor) -> Tensor:
-        """Return x alone, up to rounding and without a graph. Override it where that is faster.
+        """Return only x, up to rounding error and without a graph. Override it if this can be faster than ``inverse``.
 
-        For solvers, which check the result and may call it in inference mode. It need not increase to the last digit.
+        For solvers, which check the result and may call it in inference mode. It need not be monotone in the last
+        digit.
         """
         return self.inverse(y, raw)[0]
 
@@ -85,13 +87,13 @@ def bounded(raw: Tensor, bound: float) -> Tensor:
 
 
 def evaluate(function: MonotoneFunction, value: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor | None]:
-    """Call one direction of a function, outside autocast and in float32 at least; only the value is rounded back.
+    """Evaluate a function outside autocast and in at least float32; only the value is rounded back.
 
     Args:
         function: The function.
-        value: x, or y where ``inverse``.
-        raw: Its parameters; they may come from a network that runs in half precision.
-        inverse: Which direction.
+        value: x, or y if ``inverse`` is true.
+        raw: Parameters of the function; a network may have computed them in half precision.
+        inverse: Whether to evaluate the inverse.
     """
     run = function.inverse if inverse else function.forward
     if value.dtype == raw.dtype and value.dtype not in HALF and not is_autocast(value):

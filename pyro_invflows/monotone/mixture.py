@@ -1,4 +1,4 @@
-"""The distribution function of a mixture, as a function of one variable."""
+"""The cumulative distribution function of a mixture, as an increasing function of one variable."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from pyro_invflows.support.derivatives import may_differentiate, steps_with_grap
 
 __all__ = ["MixtureCDF"]
 
-#: No slope counts as smaller than exp of this in a derivative of the inverse.
+#: In derivatives of the inverse, log-slopes are clamped from below to this.
 _LEAST_LOG_SLOPE = -60.0
 
 
 @dataclass(frozen=True)
 class MixtureCDF(MonotoneFunction):
-    r"""Applies the distribution function of a mixture of logistics, the logit, and an affine function.
+    r"""Applies the distribution function of a mixture of logistics, then the logit, then an affine function.
 
     .. math::
         y = e^{\alpha} \operatorname{logit}\Big( \sum_k \pi_k \,\sigma\big((x - \mu_k) e^{-s_k}\big) \Big) + \beta.
 
-    3K + 2 raw parameters an element: K logits of :math:`\pi`, K locations, K log-scales, :math:`\alpha, \beta`; the
-    log-scales and :math:`\alpha` bounded smoothly. Raw locations and log-scales count by a factor between 1/2 and 1
-    that differs from component to component: were all alike, components that start alike would stay alike. Infinitely
-    smooth; the slope between two distant components may be close to 0, there x is ill-conditioned.
+    3K + 2 raw parameters per element: K logits of :math:`\pi`, K locations, K log-scales, :math:`\alpha` and
+    :math:`\beta`; the log-scales and :math:`\alpha` are bounded smoothly. Raw locations and log-scales are multiplied
+    by factors between 1/2 and 1, one per component: with equal factors, components with equal parameters would remain
+    equal in training. Infinitely differentiable. Between two distant components the slope may be close to 0, and x is
+    ill-conditioned there.
 
-    **Forward**: O(K). **Inverse**: Newton's method, in the bracket of the components' own quantiles at the level of y;
-    5 to 10 evaluations as a rule. Its derivatives, of up to the third order, by Newton steps with a graph.
+    **Forward**: O(K) per element. **Inverse**: Newton's method, bracketed by the components' own quantiles at the level
+    of y; usually 5 to 10 evaluations. Derivatives of the inverse, up to third order, by Newton steps with a graph.
 
     Args:
         num_components: K, at least 1.
@@ -63,7 +64,7 @@ class MixtureCDF(MonotoneFunction):
         logits, location, log_scale, affine = raw.split_with_sizes((k, k, k, 2), -2)
         alpha, beta = affine.unbind(-2)
         gain = torch.linspace(0.5, 1.0, k, dtype=raw.dtype, device=raw.device).unsqueeze(-1)
-        # the component whose location counts most is the one whose scale counts least
+        # the component with the largest factor for its location has the smallest for its scale
         log_scale = bounded(log_scale * gain.flip(0), self.max_log_scale)
         return _log_softmax(logits), location * gain, log_scale, bounded(alpha, self.max_log_scale), beta
 
@@ -75,7 +76,7 @@ class MixtureCDF(MonotoneFunction):
         log_below, log_above = F.logsigmoid(z), F.logsigmoid(-z)
         below, above = log_pi + log_below, log_pi + log_above
         # The slope is f / F + f / (1 - F): averages of sigmoid(-z) / scale and sigmoid(z) / scale over the components,
-        # weighted by their parts in F and in 1 - F. Nothing cancels, however far out.
+        # weighted by their shares of F and of 1 - F. Nothing cancels, however large |x| is.
         left = _log_sum_exp(_log_softmax(below) + log_above - log_scale)
         right = _log_sum_exp(_log_softmax(above) + log_below - log_scale)
         return _log_sum_exp(below) - _log_sum_exp(above), torch.logaddexp(left, right)
@@ -90,7 +91,7 @@ class MixtureCDF(MonotoneFunction):
         most = 0.99 * torch.finfo(y.dtype).max
         level = ((y - beta) * (-alpha).exp()).clamp(-most, most)
         with torch.no_grad():
-            # at the least of the components' quantiles none of them is above the level, so the mixture is not
+            # at the smallest quantile no component exceeds the level, so neither does the mixture
             quantiles = torch.addcmul(mu, log_scale.exp(), level.unsqueeze(-2)).clamp(-most, most)
             low, high = quantiles.amin(-2), quantiles.amax(-2)
             start = torch.clamp((log_pi.exp() * quantiles).sum(-2), low, high)
@@ -101,7 +102,7 @@ class MixtureCDF(MonotoneFunction):
         if may_differentiate(y, raw):
             for _ in range(steps_with_graph()):
                 step = (value - level) * (-log_slope.clamp_min(_LEAST_LOG_SLOPE)).exp()
-                x = x - (step - step.detach())  # x is the root: only its derivatives are wanted
+                x = x - (step - step.detach())  # x is the root already: only the step's derivatives are needed
                 value, log_slope = self._logit(x, log_pi, mu, log_scale)
         return x, log_slope + alpha
 
@@ -116,6 +117,6 @@ def _log_sum_exp(value: Tensor) -> Tensor:
 
 
 def _log_softmax(value: Tensor) -> Tensor:
-    """Return ``value`` less its log-sum-exp over the components, without cancellation between large numbers."""
+    """Return ``value`` minus its log-sum-exp over the components, without cancellation between large numbers."""
     shifted = value - value.detach().amax(-2, keepdim=True)
     return shifted - shifted.exp().sum(-2, keepdim=True).log()

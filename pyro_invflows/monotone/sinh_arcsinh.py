@@ -17,13 +17,14 @@ __all__ = ["SinhArcsinh"]
 
 @dataclass(frozen=True)
 class SinhArcsinh(MonotoneFunction):
-    r"""Sets skewness and tail weight: the sinh-arcsinh function, through the origin with slope 1.
+    r"""Changes skewness and tail weight: the sinh-arcsinh function, through the origin with slope 1.
 
     .. math:: y = \frac{1}{p} \left( \sinh v + \tanh(\kappa) (\cosh v - 1) \right), \qquad v = p \operatorname{asinh} x.
 
-    Two raw parameters an element: the skewness :math:`\kappa`, then the logarithm of the tail weight p, both bounded
-    smoothly. Far out y grows like :math:`|x|^p`, to the right :math:`e^{2 \kappa}` times as fast as to the left. It is
-    the function of Jones and Pewsey, :math:`\sinh(p \operatorname{asinh} x + \kappa)`, shifted and scaled.
+    Two raw parameters per element: the skewness :math:`\kappa` and the logarithm of the tail weight p, both bounded
+    smoothly. For large :math:`|x|`, :math:`|y|` grows like :math:`|x|^p`, and :math:`e^{2 \kappa}` times as fast on the
+    right as on the left. It is the function of Jones and Pewsey, :math:`\sinh(p \operatorname{asinh} x + \kappa)`,
+    shifted and scaled.
 
     Args:
         max_skewness: Bound on :math:`|\kappa|`.
@@ -67,15 +68,15 @@ class SinhArcsinh(MonotoneFunction):
 
     def inverse(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         skewness, log_tail = self._parameters(raw)
-        # Mirrored, so that y is not negative. Then w = e^v - 1 solves A w^2 + (1 - z) w - z = 0 with z = p y, and one
-        # of the two forms of the root has no cancellation.
+        # Reflect, so that y is not negative. Then w = e^v - 1 solves A w^2 + (1 - z) w - z = 0 with z = p y, and one of
+        # the two forms of the root has no cancellation.
         side = torch.where(y < 0, -1.0, 1.0).to(y.dtype)
         z = log_tail.exp() * (side * y)
         kappa = side * skewness
         a, b = torch.sigmoid(2 * kappa), torch.sigmoid(-2 * kappa)
         root = torch.hypot(z + a - b, 2 * (a * b).sqrt())
         near = z < 1
-        small = torch.where(near, z, 0.5)  # harmless where the other form is chosen
+        small = torch.where(near, z, 0.5)  # any harmless value if the other form is used
         w = torch.where(near, 2 * small / ((1 - small) + root), (z - 1 + root) / (2 * a))
         v = side * torch.log1p(w.clamp_max(torch.finfo(w.dtype).max))
         u = v * (-log_tail).exp()

@@ -1,16 +1,15 @@
 r"""Monotone rational-quadratic splines, on an interval of the line and on the circle.
 
 Durkan et al. (2019), *Neural spline flows*, Eqs. 4 to 8, and Rezende et al. (2020), *Normalizing flows on tori and
-spheres*, section 2.1.1, in forms that rounding cannot harm. In a bin of width w and height h, with the mean slope
+spheres*, section 2.1.1, in forms without cancellation. In a bin of width w and height h, with the mean slope
 :math:`s = h / w`, the slopes :math:`d_0, d_1` at its ends and :math:`\xi, \zeta = 1 - \xi` the position inside,
 
 .. math::
     \eta = \frac{\xi u}{D}, \quad \frac{dy}{dx} = \frac{s^2 N}{D^2}, \qquad
     u = s \xi + d_0 \zeta, \quad v = s \zeta + d_1 \xi, \quad D = \xi u + \zeta v, \quad N = \xi v + \zeta u :
 
-sums of positive terms only. Where no derivative is being built by torch itself, :math:`\eta` and the inverse are
-composed of operations that increase in floating point, too (see :func:`_increasing_forward`), so that neighbouring
-floats never change places.
+sums of positive terms only. Unless torch itself records the derivatives, :math:`\eta` and the inverse are composed of
+operations that are monotone in floating point as well, so that the order of two floats is never reversed.
 """
 
 from __future__ import annotations
@@ -55,25 +54,25 @@ def _flat(value: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
 
 @dataclass(frozen=True)
 class RationalQuadraticSpline(MonotoneFunction):
-    r"""Bends an interval by rational-quadratic pieces, and leaves what lies outside as it is.
+    r"""Bends an interval by rational-quadratic pieces; the identity outside.
 
     .. math:: y_k + h_k \frac{\xi (s \xi + d_k \zeta)}{\xi (s \xi + d_k \zeta) + \zeta (s \zeta + d_{k+1} \xi)}
               \quad\text{in bin } k, \qquad y = x \text{ for } |x| \ge B,
 
     with :math:`\xi` the position in the bin, :math:`\zeta = 1 - \xi` and :math:`s = h_k / w_k`. The first derivative is
-    continuous. 3K - 1 raw parameters an element: K logits of the widths, K of the heights, K - 1 logarithms of the
-    slopes at the inner knots. The narrowest bin is a thousandth of the interval, or a tenth of an equal part where K is
-    above 100; slopes at knots lie in :math:`e^{\pm 3}`.
+    continuous. 3K - 1 raw parameters per element: K logits of the widths, K of the heights, and K - 1 logarithms of
+    the slopes at the inner knots. No bin is narrower than a thousandth of the interval (for K above 100, than a tenth
+    of an equal share); slopes at the knots lie between :math:`e^{-3}` and :math:`e^3`.
 
-    Both directions cost the same and are finite at every float and every parameter; floats that are neighbours never
-    change places. Memory: a dozen numbers an element for the backward pass, beyond the parameters.
+    Both directions cost the same, are finite for all finite values and parameters, and never reverse the order of two
+    floats. Memory for the backward pass: a dozen numbers per element, in addition to the parameters.
 
     Args:
         num_bins: K, at least 2.
         bound: B.
 
     References:
-        Durkan et al. (2019), *Neural spline flows*, Eqs. 4-8; the inverse by another form of the same root.
+        Durkan et al. (2019), *Neural spline flows*, Eqs. 4-8; the inverse is another form of the same root.
     """
 
     num_bins: int = 8
@@ -112,18 +111,18 @@ class RationalQuadraticSpline(MonotoneFunction):
 
 @dataclass(frozen=True)
 class CircularSpline(MonotoneFunction):
-    r"""Bends and turns a circle: angles between -B and B, of which both ends are the same point.
+    r"""Bends and rotates a circle: angles between -B and B, where both ends are the same point.
 
     A rational-quadratic spline with the same slope at both ends, then a rotation by a learned angle. 3K + 1 raw
-    parameters an element: K logits of the widths, K of the heights, K logarithms of the slopes, the angle. Increasing
-    up to full turns: an angle beyond one end comes in at the other.
+    parameters per element: K logits of the widths, K of the heights, K logarithms of the slopes, and the angle.
+    Increasing modulo full turns: an angle that passes one end continues at the other.
 
-    A y off the circle, by more than rounding, has density 0: its log-slope is +inf. An x off the circle counts as the
-    end next to it.
+    A y outside the circle, by more than rounding error, has density 0: its log-slope is +inf. An x outside is clamped
+    to the nearest end.
 
     Args:
         num_bins: K, at least 2.
-        bound: B, half of the circumference.
+        bound: B, half the circumference.
 
     References:
         Rezende et al. (2020), *Normalizing flows on tori and spheres*, section 2.1.1.

@@ -19,14 +19,14 @@ _SATURATED = 100.0
 
 @dataclass(frozen=True)
 class TanhBump(MonotoneFunction):
-    r"""Bends the line once, and shifts it; far out the slope is 1.
+    r"""Bends the line once and shifts it; the slope tends to 1 on both sides.
 
     .. math:: y = x + \frac{d - 1}{a} \tanh(a x + t) + u, \qquad a, d > 0.
 
-    The slope lies between 1 and d, which it takes where :math:`a x + t = 0`. Four raw parameters an element: log a,
-    log d, t, u; the first two bounded smoothly. The function of :class:`~pyro_invflows.GeneralizedSylvester`.
+    The slope lies between 1 and d; it is d at :math:`a x + t = 0`. Four raw parameters per element: log a, log d, t and
+    u; the first two are bounded smoothly. The function of :class:`~pyro_invflows.GeneralizedSylvester`.
 
-    The inverse is one scalar root (six Newton steps as a rule), with implicit derivatives of every order.
+    The inverse is one scalar root (usually six Newton steps), with implicit derivatives of all orders.
 
     Args:
         max_log_steepness: Bound on log a.

@@ -1,11 +1,11 @@
-r"""Equations in the coordinates before each coordinate, for masked networks: solved in about one evaluation.
+r"""The inverse of an autoregressive map with a masked network, one coordinate at a time, in about one evaluation.
 
 The equations :math:`y_i = f(x_i; \theta_i(x_{<i}))` are solved one coordinate after the other. The hidden units of a
-masked network stand in the order of their degrees, so that coordinate i adds a slice of units to every layer, and each
-unit is computed once. The products are taken in blocks of coordinates: small ones inside a block, a large one for all
-that comes after it. The transposed linear system, which the gradient needs, has the same form in the opposite order.
+masked network are sorted by degree, so that coordinate i adds a slice of units to every layer, and each unit is
+computed only once. The products are taken in blocks of coordinates: small ones inside a block, then one large one for
+everything after it. The transposed linear system, which the gradient needs, has the same form in the opposite order.
 
-Tensors and networks only: nothing here knows a layer.
+This module knows tensors and networks, not layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["MaskedLayers", "masked_layers", "solve_by_coordinates", "transposed_
 #: Number of coordinates whose products are taken together.
 _BLOCK = 16
 
-#: Activations that treat every unit alike, so that they may be applied to some units only, in any layout.
+#: Elementwise activations, which may be applied to a subset of the units, in any layout.
 _ELEMENTWISE = {
     nn.CELU,
     nn.ELU,
@@ -52,14 +52,14 @@ _ELEMENTWISE = {
 
 
 class _Layout(NamedTuple):
-    """Where the units of each coordinate stand.
+    """The positions of each coordinate's units.
 
     Args:
         input_dim: D.
         num_outputs: P, the number of outputs for each coordinate.
-        order: The coordinates in their order; None if that is 0 to D - 1.
+        order: The coordinates in the order of dependence; None if that is 0 to D - 1.
         starts: For each layer of units, the first unit of each place in the order, and an end: D + 1 numbers. The first
-            layer are the coordinates; the last one are the outputs, with the P of a coordinate next to each other.
+            layer is the coordinates, the last one the outputs, where the P of one coordinate are adjacent.
     """
 
     input_dim: int
@@ -178,7 +178,8 @@ def transposed_solver(
 ) -> Callable[[Tensor], Tensor]:
     r"""Return g -> v with :math:`J^T v = g`, where J is the Jacobian of :math:`f(x_i; \theta_i(x_{<i}))` at x.
 
-    The function takes and returns ``(N, D)``. It holds all that it needs: the parameters may change before the call.
+    The function takes and returns ``(N, D)``. It holds everything it needs, so the parameters may change before the
+    call.
 
     Args:
         layers: The network of theta.
@@ -238,7 +239,7 @@ def _walk(
     activate: Callable[[int, int, Tensor], None],
     close: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Fill layers of units whose last one determines the first one, place by place.
+    """Fill layers of units place by place, where the last layer determines the first.
 
     At each place of the order, every layer behind the first has units that need the layer before it up to this place
     (the second layer: up to the place before), and ``close`` computes the first layer's units from the last layer's.

@@ -1,7 +1,7 @@
 """Masked autoregressive networks: the outputs for a coordinate see only the coordinates before it.
 
-Germain et al. (2015), *MADE: Masked autoencoder for distribution estimation*, Eqs. 8 to 13. The hidden units stand in
-the order of their degrees: the units that a coordinate needs are the first ones of every layer, a slice.
+Germain et al. (2015), *MADE: Masked autoencoder for distribution estimation*, Eqs. 8 to 13. The hidden units are sorted
+by degree, so that the units that a coordinate needs are the first ones of every layer, a slice.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def masked_network(
         hidden_dims: Widths of the hidden layers; a layer of width 0 passes nothing on, and the outputs are constant.
         num_outputs: Number of outputs for each coordinate.
         context_dim: Width of a context that is appended to the inputs; every output may depend on it.
-        ordering: The coordinates (0 to D - 1) in the order in which they depend on each other, the first one on none;
-            default as they stand.
+        ordering: The coordinates (0 to D - 1) in the order of dependence; the first one depends on no other. By
+            default their own order.
         activation: Constructor of the activation between the layers.
         zero_output: Initialise the last layer with zeros, so that the output is zero for every input.
 
     Returns:
         ``nn.Sequential``, ``(*B, D + context_dim) -> (*B, num_outputs * D)``; the first D outputs belong to the D
-        coordinates as they stand, the next D again, and so on: a view of the shape ``(*B, num_outputs, D)``.
+        coordinates, in their own order, the next D again, and so on: a view of ``(*B, num_outputs, D)``.
 
     Raises:
         ValueError: if ``ordering`` is not a permutation of the coordinates.

@@ -25,7 +25,7 @@ __all__ = ["implicit_gradient"]
 
 _FIRST_ORDER = (
     ": this inverse has first derivatives only; second ones would be wrong. Build the layer with order=2 if it "
-    "offers that, or use a layer whose inverse has derivatives of every order."
+    "offers that, or use a layer whose inverse has derivatives of all orders."
 )
 STRUCTURES = ("dense", "elementwise", "autoregressive", "iterative")
 
@@ -130,8 +130,7 @@ def implicit_gradient(
     value, leaf = _traced(residual, x)
     if not _is_dual(value) and not depends_on_more(value, leaf):
         return x
-    if structure == "autoregressive":
-        assert diagonal is not None
+    if structure == "autoregressive" and diagonal is not None:
         with torch.no_grad():
             slope = diagonal(x)
         return _Attach.apply(value, x, _Sweeps(value, leaf, event_dim, slope), owner)

@@ -4,7 +4,8 @@ With d > 0 the left side of :math:`s + (d - 1) \tanh s = c` increases in s, and 
 zero. Started at the appropriate end of the bracket ``|s - c| <= |d - 1|``, Newton's method approaches the root from one
 side and needs no safeguard.
 
-:func:`tanh_root` has an implicit gradient of every order, in reverse and forward mode and under ``torch.func``.
+:func:`tanh_root` has an implicit gradient, with derivatives of all orders, in reverse and forward mode and under
+``torch.func``.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _scalar_steps(s: Tensor, c: Tensor, d: Tensor, t: Tensor, count: int) -> tup
 
 
 class _TanhRoot(torch.autograd.Function):
-    """``s(c, d)``. Its derivative is a function of its own output, so that it has derivatives of every order."""
+    """``s(c, d)``. Its derivative is a function of its own output, so that it has derivatives of all orders."""
 
     @staticmethod
     def forward(c: Tensor, d: Tensor, settings: Newton, owner: str) -> Tensor:

@@ -19,21 +19,21 @@ __all__ = ["AffineAutoregressive", "affine_autoregressive", "conditional_affine_
 
 
 class AffineAutoregressive(Autoregressive):
-    r"""Scales and shifts each coordinate by what a masked network makes of the coordinates before it.
+    r"""Scales and shifts each coordinate by what a masked network computes from the coordinates before it.
 
     .. math:: y_i = x_i\, e^{s_i(x_{<i})} + t_i(x_{<i}),
 
-    with the log-scale :math:`s = m \tanh(\tilde s / m)` of the network's output :math:`(\tilde s, t)`: the
-    :class:`Autoregressive` layer of :class:`~pyro_invflows.monotone.Affine`. Invertible because the Jacobian is
-    triangular with :math:`e^{s_i}` on its diagonal. Choose it as the fastest of its kind; ``Inverted`` for density
-    estimation in one pass (a masked autoregressive flow).
+    where the log-scale :math:`s = m \tanh(\tilde s / m)` is bounded and :math:`(\tilde s, t)` is the network's
+    output: the :class:`Autoregressive` layer of :class:`~pyro_invflows.monotone.Affine`. Invertible because the
+    Jacobian is triangular with :math:`e^{s_i}` on its diagonal. Choose it as the fastest autoregressive layer; for
+    density estimation, wrap it in ``Inverted``, so that scoring takes one pass (a masked autoregressive flow).
 
     **Forward**, **Inverse**, **Log-det**, **Identity**: as in :class:`Autoregressive`.
 
     Args:
         hypernet: Masked network to ``2 D`` elements, the raw log-scales first; see :class:`Autoregressive`.
         context_dim: As in :class:`Autoregressive`.
-        max_log_scale: The bound m.
+        max_log_scale: Bound m on the log-scale.
         **settings: ``input_dim``, ``solver``, ``atol``, ``rtol``, ``max_steps``, ``on_failure`` and ``cache_size``, as
             in :class:`Autoregressive`.
 
@@ -48,8 +48,8 @@ class AffineAutoregressive(Autoregressive):
         ValueError: if ``max_log_scale`` is not positive; and as in :class:`Autoregressive`.
 
     References:
-        Papamakarios et al. (2017), Eqs. 3-5; the bound after Ardizzone et al. (2019), *Analyzing inverse problems with
-        invertible neural networks*.
+        Papamakarios et al. (2017), Eqs. 3-5; the bound follows Ardizzone et al. (2019), *Analyzing inverse problems
+        with invertible neural networks*.
 
     Example:
         >>> from pyro_invflows.networks import masked_network
@@ -72,16 +72,16 @@ def affine_autoregressive(
     max_log_scale: float = 2.0,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> AffineAutoregressive:
-    """Build an :class:`AffineAutoregressive` with its network, starting at the identity.
+    """Build an :class:`AffineAutoregressive` and its network; it is initially the identity.
 
     Args:
-        input_dim: D.
-        hidden_dims: Hidden widths of the network; default two of ``min(10 * input_dim, 256)``.
-        ordering: The coordinates (0 to D - 1) in the order in which they depend on each other, the first one on none;
-            default as they stand. ``range(D)[::-1]`` in every other layer lets each depend on all.
+        input_dim: Size D of an event.
+        hidden_dims: Widths of the network's hidden layers; default two of ``min(10 * input_dim, 256)``.
+        ordering: The coordinates (0 to D - 1) in the order of dependence; the first one depends on no other. By
+            default their own order. With ``range(D)[::-1]`` in every other layer, each coordinate depends on all.
         context_dim: As in :class:`Autoregressive`.
         max_log_scale: As in the class.
-        activation: Constructor of the network's activation.
+        activation: Constructor of the network's activations.
 
     Raises:
         ValueError: if ``ordering`` is not a permutation of the coordinates.

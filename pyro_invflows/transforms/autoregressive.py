@@ -1,7 +1,7 @@
-r"""Autoregressive layers: each coordinate through a function whose parameters are made of the coordinates before it.
+r"""Autoregressive layers: each coordinate is transformed by a function whose parameters depend on those before it.
 
 Kingma et al. (2016), *Improving variational inference with inverse autoregressive flow*; Papamakarios et al. (2017),
-*Masked autoregressive flow for density estimation*; Durkan et al. (2019), *Neural spline flows*, for the splines.
+*Masked autoregressive flow for density estimation*; Durkan et al. (2019), *Neural spline flows*, for splines.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ __all__ = ["Autoregressive", "autoregressive_network"]
 
 
 class Autoregressive(ContextLayer):
-    r"""Sends each coordinate through an increasing function whose parameters depend on the coordinates before it.
+    r"""Transforms each coordinate by an increasing function whose parameters depend on the coordinates before it.
 
     .. math:: y_i = f(x_i; \theta_i(x_{<i})),
 
-    with f a function of :mod:`pyro_invflows.monotone` and :math:`\theta` a masked network (of a context, too).
-    Invertible for any network, because the Jacobian is triangular with the slopes of f, which are positive, on its
-    diagonal. Choose it where couplings are not flexible enough: every coordinate depends on all before it, and both
-    directions stay cheap.
+    where f is a function of :mod:`pyro_invflows.monotone` and :math:`\theta` a masked network, which may also read a
+    context. Invertible for any network, because the Jacobian is triangular, with the positive slopes of f on its
+    diagonal. Choose it if couplings are not flexible enough: every coordinate depends on all the preceding ones, and
+    both directions remain cheap.
 
-    **Forward**: one evaluation of the network; derivatives of every order that the network and f have. **Inverse**:
-    exact, coordinate by coordinate; each hidden unit of a :func:`~pyro_invflows.networks.masked_network` is computed
-    once, so that the products cost as much as one evaluation. The residual in y is checked; rows in which rounding left
-    more than the tolerance are polished by sweeps. First derivatives in reverse mode by one triangular solve, the same
-    walk from the last coordinate down; second ones raise ``NotImplementedError``. Under ``torch.func`` and while
-    compiling, D sweeps with a graph, with derivatives of every order. Any other network is inverted by sweeps, at most
-    D. **Log-det**: the sum of the log-slopes, from the same evaluation. **Identity**: where the network's output is
-    zero, as at the start of :func:`affine_autoregressive` and :func:`spline_autoregressive`.
+    **Forward**: one evaluation of the network; derivatives of all orders that the network and f have. **Inverse**:
+    exact, one coordinate at a time; each hidden unit of a :func:`~pyro_invflows.networks.masked_network` is computed
+    only once, so all products together cost as much as one evaluation. The residual in y is checked; rows whose
+    rounding error exceeds the tolerance are refined by sweeps. First derivatives in reverse mode by one triangular
+    solve, from the last coordinate to the first; second ones raise ``NotImplementedError``. Under ``torch.func`` and
+    while compiling, D sweeps with a graph, with derivatives of all orders. Other networks are inverted by at most D
+    sweeps. **Log-det**: the sum of the log-slopes, from the same evaluation. **Identity**: if the network's output is
+    zero, as in layers newly built by :func:`affine_autoregressive` and :func:`spline_autoregressive`.
 
     Args:
         function: f, such as ``pyro_invflows.monotone.MixtureCDF()``.
-        hypernet: Network from x (with the context behind it) to the P parameters of each of the D coordinates,
+        hypernet: Network from x (followed by the context) to the P parameters of each of the D coordinates,
             ``(*B, P * D)``: the first parameter of all coordinates first. Those of a coordinate must depend only on the
             coordinates before it, in some order; :func:`~pyro_invflows.networks.masked_network` builds such networks,
             with ``num_outputs=function.num_parameters``. The layer cannot check this for other networks. It must not
             write to its input; one that begins with a module with ``inplace=True`` receives a copy.
         context_dim: Width of the context that the network also takes (see :class:`~pyro_invflows.Conditional`); while
-            not conditioned, the context is zero.
-        input_dim: D, where it should be checked; known for networks of ``masked_network``.
-        solver: Tolerances, the bound on the sweeps (D), and what happens on failure; default ``solvers.Sweeps()``.
-        atol: Absolute tolerance, in place of a whole ``solver``; see :class:`~pyro_invflows.solvers.Settings`.
+            the layer is not conditioned, the network receives zeros instead.
+        input_dim: Size D of an event, if it is to be checked; not needed for networks from ``masked_network``.
+        solver: Tolerances, maximum number of sweeps, and what happens on failure; default ``solvers.Sweeps()``.
+        atol: Absolute tolerance, if no ``solver`` is given; see :class:`~pyro_invflows.solvers.Settings`.
         rtol: Relative tolerance, likewise.
-        max_steps: Bound on the sweeps, likewise.
+        max_steps: Maximum number of sweeps, likewise; by default D.
         on_failure: What happens to rows that did not converge, likewise.
 
     Attributes:
@@ -79,8 +79,8 @@ class Autoregressive(ContextLayer):
     Raises:
         TypeError: if ``function`` is not a :class:`~pyro_invflows.monotone.MonotoneFunction`, or ``hypernet`` is not a
             module.
-        ValueError: if the network is for another number of parameters, coordinates or context elements.
-        ConvergenceError: in the inverse, where rounding keeps a row above the tolerance, or the network is not
+        ValueError: if the network was built for another number of parameters, coordinates or context elements.
+        ConvergenceError: in the inverse, if rounding error keeps a row above the tolerance, or if the network is not
             autoregressive. A y that is not finite gives NaN.
 
     Differs from Pyro's ``AffineAutoregressive`` and ``SplineAutoregressive``: both directions work on any data, and the
@@ -186,12 +186,13 @@ class Autoregressive(ContextLayer):
             x, log_slope = self._solve(y.detach())
         if not torch.is_grad_enabled():
             return x, log_slope
+        masked = masked_layers(self.hypernet)
         x = implicit_gradient(
             lambda x: self._push(x)[0] - y,
             x,
             structure="autoregressive",
             diagonal=lambda x: self._push(x)[1].exp(),
-            transposed=None if masked_layers(self.hypernet) is None else self._transposed_solver,
+            transposed=None if masked is None else lambda x: self._transposed_solver(masked, x),
             owner=type(self).__name__,
         )
         return x, self._push(x)[1]
@@ -234,16 +235,14 @@ class Autoregressive(ContextLayer):
         return finish(solution, type(self).__name__, self.solver, given=y)
 
     def _sweep_with_graph(self, y: Tensor) -> Tensor:
-        """Take all D sweeps: exact, and so are their derivatives."""
+        """Take all D sweeps, which are exact and have exact derivatives."""
         x = y
         for _ in range(y.shape[-1]):
             x = self.function.inverse(y, self._raw(x))[0]
         return x
 
-    def _transposed_solver(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+    def _transposed_solver(self, masked: MaskedLayers, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a function from g to v with ``J^T v = g`` at x."""
-        masked = masked_layers(self.hypernet)
-        assert masked is not None
         flat, context = self._rows(x)
         raw = self._raw(x).detach().reshape(len(flat), self.function.num_parameters, flat.shape[-1])
         with torch.enable_grad():
@@ -267,14 +266,15 @@ class Autoregressive(ContextLayer):
 
     def _path_gradient(self, value: Tensor, gradient: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Solve the transposed triangular system at x, without inverting the layer."""
-        if inverse or masked_layers(self.hypernet) is None or not value.numel():
+        masked = masked_layers(self.hypernet)
+        if inverse or masked is None or not value.numel():
             return super()._path_gradient(value, gradient, inverse)
         x = tracked(value)
         y, log_slope = self.evaluate(x)
         change = derivative(log_slope, x)
         gradient = gradient if change is None else gradient - change
         with torch.no_grad():
-            gradient = self._transposed_solver(x.detach())(gradient)
+            gradient = self._transposed_solver(masked, x.detach())(gradient)
         return y, log_slope.sum(-1), gradient
 
     def extra_repr(self) -> str:
@@ -286,7 +286,7 @@ class Autoregressive(ContextLayer):
 
 
 def _relative(residual: Tensor, x: Tensor, log_slope: Tensor | None) -> Tensor:
-    """Return a residual in y, relative to what the rounding of x amounts to in y."""
+    """Return a residual in y, relative to the change of y that corresponds to the rounding error of x."""
     scale = 1 + x.abs()
     return residual / (1 + scale if log_slope is None else 1 + scale * log_slope.exp())
 
@@ -300,7 +300,7 @@ def autoregressive_network(
     activation: Callable[[], nn.Module],
     owner: str,
 ) -> nn.Module:
-    """Build a masked network that starts at zero."""
+    """Build a masked network whose output is initially zero."""
     input_dim = positive_int(input_dim, "input_dim", owner)
     hidden = default_hidden_dims(10 * input_dim) if hidden_dims is None else hidden_dims
     return masked_network(

@@ -145,8 +145,8 @@ def _end(value: float | Tensor, name: str) -> float | Tensor:
 
 def _as_tensors(low: float | Tensor, high: float | Tensor) -> tuple[Tensor, Tensor]:
     """Check the ends of several intervals, and return both as tensors of the same dtype and device."""
-    like = low if isinstance(low, Tensor) else high
-    low, high = (torch.as_tensor(end, dtype=like.dtype, device=like.device) for end in (low, high))  # type: ignore
+    like = low if isinstance(low, Tensor) else torch.as_tensor(high)
+    low, high = (torch.as_tensor(end, dtype=like.dtype, device=like.device) for end in (low, high))
     try:
         good = low.isfinite() & high.isfinite() & (low < high)
     except RuntimeError:

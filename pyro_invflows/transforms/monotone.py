@@ -1,4 +1,4 @@
-"""Increasing functions of one variable, with learned constants as their parameters: one function for each element."""
+"""Elementwise layers: an increasing function of one variable whose parameters are learned constants."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ __all__ = [
 
 
 class Monotone(Elementwise):
-    r"""Applies an increasing function of one variable to each element, with parameters of its own.
+    r"""Applies an increasing function of one variable to each element; every element has its own parameters.
 
     .. math:: y_i = f(x_i; \theta_i).
 
-    Invertible because f is increasing for any parameters. Choose it for margins: next to the data, where
-    one-dimensional shapes are learned best, or next to the base. It takes any function of
-    :mod:`pyro_invflows.monotone`, or one of your own; :class:`Spline` and :class:`SinhArcsinh` are shorter names for
-    two of them.
+    Invertible because f is increasing for any parameters. Choose it for marginal distributions: next to
+    the data, where it learns their shapes most easily, or next to the base. It takes any function of
+    :mod:`pyro_invflows.monotone`, or one of your own; :class:`Spline` and :class:`SinhArcsinh` are names
+    for two of them.
 
-    **Forward**, **Inverse**, **Log-det**: the function's, O(P) an element; derivatives of every order that it has.
-    **Identity**: the start, exactly up to rounding (:math:`\theta = 0`).
+    **Forward**, **Inverse**, **Log-det**: those of the function, O(P) per element; derivatives of all orders that it
+    has. **Identity**: at initialisation, up to rounding error (:math:`\theta = 0`).
 
     Args:
         function: f, such as ``pyro_invflows.monotone.MixtureCDF()``.
-        shape: Shape of the elements that have parameters of their own; broadcasts against the input from the right.
+        shape: Shape of the elements, each with its own parameters; broadcasts against the input from the right.
 
     Attributes:
         raw: :math:`\theta`, ``(P, *shape)``.
@@ -74,7 +74,7 @@ class Monotone(Elementwise):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set every parameter to 0: the identity."""
+        """Set all parameters to 0, so that the layer is the identity."""
         nn.init.zeros_(self.raw)
 
     def _evaluate_function(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -107,21 +107,22 @@ class Monotone(Elementwise):
 
 
 class Spline(Monotone):
-    r"""Bends each element by a monotone rational-quadratic spline of its own, inside an interval.
+    r"""Bends each element, inside an interval, by its own monotone rational-quadratic spline.
 
     .. math:: y_i = f(x_i; \theta_i), \qquad y_i = x_i \text{ for } |x_i| \ge B,
 
-    with f of :class:`~pyro_invflows.monotone.RationalQuadraticSpline`. Invertible because a spline with positive
-    widths, heights and slopes is increasing. Choose it next to the data, with 16 bins or so, between the other layers
-    and a :class:`~pyro_invflows.Whitening` that brings the data into the interval: it learns what is one-dimensional.
+    where f is a :class:`~pyro_invflows.monotone.RationalQuadraticSpline`. Invertible because a spline with positive
+    widths, heights and slopes is increasing. Choose it next to the data, with about 16 bins, between the other layers
+    and a :class:`~pyro_invflows.Whitening` that brings the data into the interval: it learns the marginal
+    distributions.
 
-    **Forward**, **Inverse**: O(K) an element, closed forms, finite at every float and for any parameters; derivatives
-    of every order. **Log-det**: from the same evaluation. **Identity**: the start, exactly up to rounding.
+    **Forward**, **Inverse**: O(K) per element, closed forms, finite for all finite values and parameters; derivatives
+    of all orders. **Log-det**: from the same evaluation. **Identity**: at initialisation, up to rounding error.
 
     Args:
-        shape: Shape of the elements that have splines of their own; broadcasts against the input from the right.
-        num_bins: K, at least 2.
-        bound: B.
+        shape: Shape of the elements, each with its own spline; broadcasts against the input from the right.
+        num_bins: Number K of bins, at least 2.
+        bound: End B of the interval.
 
     Attributes:
         raw: Logits of the widths and heights and log-slopes at the inner knots, ``(3 K - 1, *shape)``.
@@ -132,7 +133,8 @@ class Spline(Monotone):
     Raises:
         ValueError: if ``num_bins`` is below 2 or ``bound`` is not positive.
 
-    Differs from Pyro's ``Spline``: it starts at the identity, and both directions are finite at every float.
+    Differs from Pyro's ``Spline``: it is initially the identity, and both directions are finite for all finite
+    values.
 
     References:
         Durkan et al. (2019), *Neural spline flows*, Eqs. 4-8.
@@ -152,21 +154,21 @@ class Spline(Monotone):
 
 
 class SinhArcsinh(Monotone):
-    r"""Sets the skewness and the tail weight of each element.
+    r"""Changes the skewness and the tail weight of each element.
 
     .. math::
         y_i = \frac{1}{p_i} \left( \sinh v + \tanh(\kappa_i) (\cosh v - 1) \right), \qquad
         v = p_i \operatorname{asinh} x_i.
 
-    Invertible because its slope is positive, 1 at the origin. Choose it where margins are skewed or have tails heavier
-    (p > 1) or lighter (p < 1) than the base, which splines with their straight tails cannot give; two parameters an
-    element.
+    Invertible because its slope is positive, 1 at the origin. Choose it for marginal distributions that are skewed, or
+    whose tails are heavier (p > 1) or lighter (p < 1) than those of the base; splines, with their linear tails, cannot
+    change these. Two parameters per element.
 
-    **Forward**, **Inverse**: O(1) an element, closed forms; derivatives of every order. **Log-det**: from the same
-    evaluation. **Identity**: the start, exactly up to rounding (p = 1, :math:`\kappa = 0`).
+    **Forward**, **Inverse**: O(1) per element, closed forms; derivatives of all orders. **Log-det**: from the same
+    evaluation. **Identity**: at initialisation, up to rounding error (p = 1, :math:`\kappa = 0`).
 
     Args:
-        shape: Shape of the elements that have parameters of their own; broadcasts against the input from the right.
+        shape: Shape of the elements, each with its own parameters; broadcasts against the input from the right.
         max_skewness: Smooth bound on :math:`|\kappa|`.
         max_log_tail: Smooth bound on :math:`|\log p|`.
 

@@ -18,22 +18,22 @@ __all__ = ["SplineAutoregressive", "conditional_spline_autoregressive", "spline_
 
 
 class SplineAutoregressive(Autoregressive):
-    r"""Bends each coordinate by a spline that a masked network makes of the coordinates before it.
+    r"""Bends each coordinate by a spline whose parameters a masked network computes from the coordinates before it.
 
     .. math:: y_i = f(x_i; \theta_i(x_{<i})), \qquad y_i = x_i \text{ for } |x_i| \ge B,
 
-    with f a monotone rational-quadratic spline of K bins on [-B, B]: the :class:`Autoregressive` layer of
+    where f is a monotone rational-quadratic spline of K bins on [-B, B]: the :class:`Autoregressive` layer of
     :class:`~pyro_invflows.monotone.RationalQuadraticSpline`. Invertible because the Jacobian is triangular and each
-    spline increases. Choose it for densities with sharp edges or several modes, on data of about unit scale.
+    spline is increasing. Choose it for densities with sharp edges or several modes, if the data have about unit scale.
 
     **Forward**, **Inverse**, **Log-det**, **Identity**: as in :class:`Autoregressive`.
 
     Args:
         hypernet: Masked network to ``(3 K - 1) D`` elements: the logits of the widths, then of the heights, then the
-            log-slopes; see :class:`Autoregressive`.
+            log-slopes at the inner knots; see :class:`Autoregressive`.
         context_dim: As in :class:`Autoregressive`.
-        num_bins: K, at least 2.
-        bound: B.
+        num_bins: Number K of bins, at least 2.
+        bound: End B of the interval.
         **settings: ``input_dim``, ``solver``, ``atol``, ``rtol``, ``max_steps``, ``on_failure`` and ``cache_size``, as
             in :class:`Autoregressive`.
 
@@ -74,16 +74,16 @@ def spline_autoregressive(
     context_dim: int = 0,
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> SplineAutoregressive:
-    """Build a :class:`SplineAutoregressive` with its network, starting at the identity.
+    """Build a :class:`SplineAutoregressive` and its network; it is initially the identity.
 
     Args:
-        input_dim: D.
-        hidden_dims: Hidden widths of the network; default two of ``min(10 * input_dim, 256)``.
+        input_dim: Size D of an event.
+        hidden_dims: Widths of the network's hidden layers; default two of ``min(10 * input_dim, 256)``.
         num_bins: As in the class.
         bound: As in the class.
         ordering: As in :func:`affine_autoregressive`.
         context_dim: As in :class:`Autoregressive`.
-        activation: Constructor of the network's activation.
+        activation: Constructor of the network's activations.
 
     Raises:
         ValueError: if ``num_bins`` is below 2, ``bound`` is not positive, or ``ordering`` is not a permutation of the

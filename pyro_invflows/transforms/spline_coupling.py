@@ -56,7 +56,7 @@ class SplineCoupling(Coupling):
         ValueError: as :class:`Coupling`, and if ``num_bins`` is below 2 or ``bound`` is not positive.
 
     Differs from Pyro's ``SplineCoupling``: sequences and images, a context, a start at the identity; both directions
-    are finite at every float.
+    are finite for all finite values.
 
     References:
         Durkan et al. (2019), *Neural spline flows*, Eqs. 4-8 and section 3.
