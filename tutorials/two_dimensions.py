@@ -53,9 +53,9 @@ def moons(count: int) -> Tensor:
 
 def spiral(count: int) -> Tensor:
     """Draw points of two arms that wind around the origin."""
-    turn = 3 * math.pi * torch.rand(count).sqrt()
+    turn = 2 * math.pi * torch.rand(count).sqrt()
     arm = torch.where(torch.rand(count) < 0.5, 1.0, -1.0)
-    points = (0.4 * arm * turn).unsqueeze(-1) * torch.stack([turn.cos(), turn.sin()], dim=-1)
+    points = (0.6 * arm * turn).unsqueeze(-1) * torch.stack([turn.cos(), turn.sin()], dim=-1)
     return points + 0.1 * torch.randn(count, 2)
 
 
