@@ -314,9 +314,25 @@ def test_a_traced_inverse_is_right_for_other_parameters(make):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_solvers_refuse_to_be_traced():
-    """A trace would fix the number of steps that the first data took."""
-    flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [pf.low_rank_residual(3)])
+def _contraction():
+    sizes = pf.networks.LinearContraction(3, 6), torch.nn.Softplus(), pf.networks.LinearContraction(6, 3)
+    return pf.ContractiveResidual(torch.nn.Sequential(*sizes))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pf.low_rank_residual(3),
+        lambda: pf.contractive_residual(3),
+        _contraction,
+        lambda: pf.Inverted(_contraction()),
+        lambda: pf.NumericalInverse(dist.transforms.planar(3)),
+    ],
+    ids=["low_rank", "mlp", "sequential", "sequential_inverted", "numerical"],
+)
+def test_solvers_refuse_to_be_traced(make):
+    """A trace would fix the number of steps that the first data took, and cannot record a vector-Jacobian product."""
+    flow = pf.Flow(dist.Normal(torch.zeros(3), 1.0).to_event(1), [make()])
     data = torch.randn(5, 3)
 
     def model():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.support.derivatives import depends_on_more
-from pyro_invflows.support.modes import in_functorch
+from pyro_invflows.support.modes import in_functorch, is_tracing
 
 __all__ = ["Linearisation", "linearise"]
 
@@ -54,6 +54,11 @@ class _Traced(Linearisation):
         self.value = self._traced.detach() if self._frozen else self._traced
 
     def vjp(self, v: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and is_tracing():
+            raise NotImplementedError(
+                "linearise: torch.jit.trace (JitTrace_ELBO) cannot record derivatives. Use a network with a Jacobian "
+                "in closed form (networks.ContractiveMLP), Trace_ELBO, or torch.compile."
+            )
         if self._functional:
             return self._pullback(v)[0]
         if not self._traced.requires_grad:  # g is constant

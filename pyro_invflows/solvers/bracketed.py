@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_invflows.solvers.solution import Solution, Status, in_transform
+from pyro_invflows.solvers.loop import repeat
+from pyro_invflows.solvers.solution import Solution, Status, is_blind
 
 __all__ = ["bracketed_newton"]
 
-#: Number of steps if the values cannot be inspected.
+#: Number of steps on the meta device and under ``torch.jit.trace``, where a loop cannot end early.
 _BLIND_STEPS = 40
 
 
@@ -37,31 +38,29 @@ def bracketed_newton(
         low: Lower ends of the brackets, ``f(low) <= y``, shaped like y.
         high: Upper ends of the brackets, ``f(high) >= y``, shaped like y.
         start: Starting points inside the brackets.
-        max_steps: Maximum number of steps; usually far fewer are needed. While compiling, on the meta device and under
-            ``torch.func``, where values cannot be inspected, 40 are taken.
+        max_steps: Maximum number of steps; usually far fewer are needed. On the meta device and under
+            ``torch.jit.trace``, where values cannot be inspected, 40 are taken.
     """
     eps = torch.finfo(y.dtype).eps
     goal = 4 * eps * (1 + y.abs())
-    blind = in_transform(y)
-    x = start
-    last = torch.full_like(y, torch.inf)
-    steps = torch.zeros_like(y, dtype=torch.int32)
-    done = torch.zeros_like(y, dtype=torch.bool)
-    size = last
-    for _ in range(_BLIND_STEPS if blind else max_steps):
+
+    def advance(todo: Tensor, x: Tensor, low: Tensor, high: Tensor, last: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
         value, log_slope = function(x)
         residual = value - y
         size = residual.abs()
         low, high = torch.where(residual < 0, x, low), torch.where(residual > 0, x, high)
         met = (size <= goal) | (high - low <= 2 * eps * x.abs())
-        done = done | met | ~residual.isfinite()
-        if not blind and done.all():
-            break
-        steps = steps + (~done).to(steps.dtype)
+        todo = todo & ~met & residual.isfinite()
+        steps = steps + todo.to(steps.dtype)
         new = x - residual * (-log_slope).exp()
         trusted = (size <= 0.5 * last) & (new > low) & (new < high)
         new = torch.where(trusted, new, 0.5 * low + 0.5 * high)
-        x, last = torch.where(done, x, new), size
-    status = torch.where(done, int(Status.CONVERGED), int(Status.MAX_STEPS))
+        return todo, torch.where(todo, new, x), low, high, size, steps
+
+    todo, steps = torch.ones_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=torch.int32)
+    bound = _BLIND_STEPS if is_blind(y) and not torch.compiler.is_compiling() else max_steps
+    last = torch.full_like(y, torch.inf)
+    todo, x, _, _, size, steps = repeat(advance, todo, start, low, high, last, steps, bound=bound)
+    status = torch.where(todo, int(Status.MAX_STEPS), int(Status.CONVERGED))
     status = torch.where(size.isfinite(), status, int(Status.NONFINITE))
     return Solution(x, status.to(torch.int8), steps, size)

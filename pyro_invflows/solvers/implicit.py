@@ -21,7 +21,7 @@ from pyro_invflows.support.derivatives import depends_on_more, first_order_only,
 from pyro_invflows.support.modes import in_forward_mode, in_functorch, is_tracing
 from pyro_invflows.support.precision import without_autocast
 
-__all__ = ["implicit_gradient"]
+__all__ = ["implicit_gradient", "refuse_trace"]
 
 _FIRST_ORDER = (
     ": this inverse has first derivatives only; second ones would be wrong. Build the layer with order=2 if it "
@@ -95,11 +95,7 @@ def implicit_gradient(
         check_solver(solver, (Anderson, FixedPoint, Newton), owner)
     if structure == "autoregressive" and diagonal is None and transposed is None:
         raise ValueError(f"{owner}: the autoregressive structure needs diagonal=..., the Jacobian's diagonal.")
-    if not torch.compiler.is_compiling() and is_tracing():
-        raise NotImplementedError(
-            f"{owner}: torch.jit.trace (JitTrace_ELBO) would fix the number of steps that these data take, for all "
-            "later data. Use Trace_ELBO, or torch.compile."
-        )
+    refuse_trace(owner)
     x = x.detach()
     functorch = in_functorch()
     if not functorch and not torch.is_grad_enabled() and not in_forward_mode():
@@ -135,6 +131,15 @@ def implicit_gradient(
             slope = diagonal(x)
         return _Attach.apply(value, x, _Sweeps(value, leaf, event_dim, slope), owner)
     return _Attach.apply(value, x, _Iterative(value, leaf, event_dim, solver or Anderson(), owner), owner)
+
+
+def refuse_trace(owner: str) -> None:
+    """Raise an error under ``torch.jit.trace``, which cannot record a loop or a derivative."""
+    if not torch.compiler.is_compiling() and is_tracing():
+        raise NotImplementedError(
+            f"{owner}: torch.jit.trace (JitTrace_ELBO) would fix the number of steps that these data take, for all "
+            "later data. Use Trace_ELBO, or torch.compile."
+        )
 
 
 def _is_dual(value: Tensor) -> bool:

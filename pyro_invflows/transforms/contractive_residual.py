@@ -34,6 +34,7 @@ from pyro_invflows.networks.contraction import (
 )
 from pyro_invflows.solvers import Anderson, FixedPoint, Newton, finish, implicit_gradient
 from pyro_invflows.solvers.contractive import finish_by_fixed_point, fixed_point_steps
+from pyro_invflows.solvers.implicit import refuse_trace
 from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.support.checks import derivative_order, positive_int
 from pyro_invflows.support.derivatives import outside_inference_mode
@@ -231,6 +232,7 @@ class ContractiveResidual(ContextLayer):
     @full_precision
     @outside_inference_mode
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, tuple[None, Any]]:
+        refuse_trace("ContractiveResidual")
         y = self._expand(y)
         small = y.shape[self.dim :].numel() <= _SMALL_EVENT
         if self.order == 2 and not small:

@@ -24,6 +24,7 @@ from pyro_invflows.solvers import (
     finish,
     implicit_gradient,
 )
+from pyro_invflows.solvers.implicit import refuse_trace
 from pyro_invflows.solvers.settings import chosen_settings
 from pyro_invflows.solvers.solution import in_transform, where_rows
 from pyro_invflows.support.checks import described
@@ -181,18 +182,20 @@ class NumericalInverse(Structure):
     @outside_inference_mode
     def _inverse_aux(self, y: Tensor) -> tuple[Tensor, Tensor]:
         self.check_event(y.shape, inverse=True)
+        owner = f"NumericalInverse({self.transform.label})"
+        refuse_trace(owner)
         y = y.expand(self.inverse_shape(y.shape))
         event_dim = self.domain.event_dim
         with torch.no_grad():
             solution = self._solve(y.detach())
-            x = finish(solution, f"NumericalInverse({self.transform.label})", self.solver, given=y)
+            x = finish(solution, owner, self.solver, given=y)
         x = implicit_gradient(
             lambda x: self._value(x) - y,
             x,
             structure="elementwise" if self.structure == "elementwise" else "dense",
             event_dim=event_dim,
             order=self.order,
-            owner=f"NumericalInverse({self.transform.label})",
+            owner=owner,
         )
         return x, self._both(x)[1]
 
