@@ -9,6 +9,7 @@ from pyro_invflows.core.flow_distribution import FlowDistribution
 from pyro_invflows.core.inverted import Inverted
 from pyro_invflows.core.kinds import ContextLayer, Elementwise, VolumePreserving
 from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
+from pyro_invflows.guides import AutoInvertibleFlow
 from pyro_invflows.inference import PathELBO
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning, ReconstructionError
 from pyro_invflows.training import History, fit
@@ -115,6 +116,7 @@ __all__ = [
     "ActNorm",
     "AffineAutoregressive",
     "AffineCoupling",
+    "AutoInvertibleFlow",
     "Autoregressive",
     "Baird",
     "Bijection",

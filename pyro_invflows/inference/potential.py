@@ -71,7 +71,7 @@ class Potential:
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
-        with poutine.block(), _Origin():
+        with pyro.validation_enabled(False), poutine.block(), _Origin():
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         samples = [site for site in trace.nodes.values() if site["type"] == "sample"]
         self.subsampled = any(_is_subsample(s) and len(s["value"]) < s["fn"].size for s in samples)
