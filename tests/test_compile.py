@@ -63,6 +63,15 @@ def test_conditional_flows(case):
     compiled_once(lambda c, v: flow(c).log_prob(v), [context, y], list(flow.parameters()))
 
 
+def test_events_whose_inverse_iterates_in_eager_mode():
+    """Above 32 elements a contractive residual layer solves for its gradient iteratively, but not in a graph."""
+    torch.manual_seed(0)
+    layer = scatter(pf.contractive_residual(33, [4]).double(), 0.3)
+    flow = flow_of(layer, torch.zeros(1, 33))
+    y = torch.randn(3, 33, dtype=torch.float64, requires_grad=True)
+    compiled_once(lambda v: flow().log_prob(v), [y], list(flow.parameters()))
+
+
 #: Layers with a loop in their inverse, at parameters that take it many rounds.
 HARD = {
     "planar": lambda: pf.planar(4),

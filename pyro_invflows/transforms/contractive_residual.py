@@ -44,6 +44,8 @@ __all__ = ["ContractiveResidual", "conditional_contractive_residual", "contracti
 
 #: For events of up to this size, the inverse and its gradient use a dense Jacobian.
 _SMALL_EVENT = 32
+#: The same while compiling: a compiled backward pass cannot solve iteratively.
+_SMALL_COMPILED_EVENT = 256
 #: Memory of Anderson acceleration. If the network attains its bound, a shorter one takes twice as many steps.
 _MEMORY = 15
 #: Maximum number of Anderson steps; the fixed-point iteration continues from there.
@@ -61,12 +63,13 @@ class ContractiveResidual(ContextLayer):
     Invertible because x is the fixed point of the contraction :math:`x \mapsto y - g(x)`. Choose it for a network of
     your own, wide or convolutional; if a narrow network is enough, :class:`LowRankResidual` is faster.
 
-    **Forward**: one evaluation of the network. **Inverse**: Newton's method for small events (up to 32 elements),
-    Anderson acceleration for others. Rows that these do not solve are finished by a fixed-point iteration, which
-    converges because of the bound. Implicit gradients, by a dense linear solve for small events and an iterative one
-    for others; first order in reverse mode; forward mode, ``torch.func`` and second derivatives (with ``order=2``) for
-    small events only. **Log-det**: exact by default, in as many dimensions as the narrowest layer of the network has; a
-    random estimate, drawn with torch's global generator, if you choose an estimator. It never depends on ``training``.
+    **Forward**: one evaluation of the network. **Inverse**: Newton's method for small events (up to 32 elements, or 256
+    while compiling), Anderson acceleration for others. Rows that these do not solve are finished by a fixed-point
+    iteration, which converges because of the bound. Implicit gradients, by a dense linear solve for small events and an
+    iterative one for others; first order in reverse mode; forward mode, ``torch.func`` and second derivatives (with
+    ``order=2``) for small events only. **Log-det**: exact by default, in as many dimensions as the narrowest layer of
+    the network has; a random estimate, drawn with torch's global generator, if you choose an estimator. It never
+    depends on ``training``.
     **Identity**: if g = 0, as in a layer newly built by :func:`contractive_residual`.
 
     Args:
@@ -241,9 +244,9 @@ class ContractiveResidual(ContextLayer):
                 f"{tuple(y.shape[self.dim :])}."
             )
         if torch.compiler.is_compiling() and not small:
-            # The backward pass solves iteratively, which compiled code cannot do: the graph breaks here, and
-            # fullgraph=True raises. Not a decorator, which imports the compiler.
-            return torch.compiler.disable(self._solve_and_attach)(y, small)
+            small = y.shape[self.dim :].numel() <= _SMALL_COMPILED_EVENT
+            if not small:  # the graph breaks, and fullgraph=True raises; not a decorator, which imports the compiler
+                return torch.compiler.disable(self._solve_and_attach)(y, small)
         return self._solve_and_attach(y, small)
 
     def _solve_and_attach(self, y: Tensor, small: bool) -> tuple[Tensor, tuple[None, Any]]:
