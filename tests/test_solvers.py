@@ -502,7 +502,7 @@ def test_vmap_of_the_roots():
     [
         lambda how: pf.planar(2, solver=Newton(max_steps=1, **how)),
         lambda how: pf.sylvester(2, solver=Newton(max_steps=0, atol=0, rtol=0, **how)),
-        lambda how: pf.generalized_sylvester(2, [4], solver=Sweeps(max_steps=0, **how)),
+        lambda how: pf.generalized_sylvester(2, [4], solver=Sweeps(max_steps=0, atol=0, rtol=0, **how)),
         lambda how: pf.low_rank_residual(2, solver=Newton(max_steps=1, **how)),
         lambda how: pf.contractive_residual(2, [4], solver=Anderson(max_steps=1, **how)),
         lambda how: pf.contractive_residual(2, [4], solver=Newton(max_steps=1, **how)),

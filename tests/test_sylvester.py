@@ -33,7 +33,7 @@ from pyro_invflows.testing import (
     jacobian_log_det,
 )
 
-sylvester_module = sys.modules[pf.GeneralizedSylvester.__module__]  # the factory of the same name hides the module
+autoregressive_module = sys.modules[pf.Autoregressive.__module__]
 
 MAKERS = {
     "planar": pf.planar,
@@ -252,14 +252,15 @@ def test_bad_rows_leave_the_others_alone(make):
 
 def test_bad_rows_cost_the_others_no_sweeps(monkeypatch):
     layer = scaled(pf.generalized_sylvester(8, [16]), 0.5)
+    layer.hypernet.register_forward_hook(lambda *_: None)  # a network that cannot be evaluated in parts
     solutions = []
-    finish = sylvester_module.finish
+    finish = autoregressive_module.finish
 
     def recorded(solution, *args, **kwargs):
         solutions.append(solution)
         return finish(solution, *args, **kwargs)
 
-    monkeypatch.setattr(sylvester_module, "finish", recorded)
+    monkeypatch.setattr(autoregressive_module, "finish", recorded)
     y = torch.randn(12, 8, dtype=torch.float64)
     bad = torch.cat([y[:4], torch.full((1, 8), torch.nan).double(), y[4:9], torch.full((1, 8), 1e8).double(), y[9:]])
     good = [i for i in range(14) if i not in (4, 10)]
@@ -301,6 +302,7 @@ def test_generalized_second_order_is_right_or_refused():
 
 
 def test_generalized_sweeps_are_few():
+    """A network with a hook cannot be evaluated in parts: the layer sweeps."""
     layer = scatter(pf.generalized_sylvester(32, [64]).double(), 0.1).with_cache(0)
     calls = []
     layer.hypernet.register_forward_hook(lambda *_: calls.append(1))
@@ -309,6 +311,35 @@ def test_generalized_sweeps_are_few():
         calls.clear()
         layer.inv(y)
     assert len(calls) <= 20  # 32 sweeps bound it
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("dim", [1, 9, 40])
+def test_generalized_inverse_without_a_sweep(dim, size):
+    """Coordinate by coordinate it is exact, at strong weights too: no sweep is allowed here."""
+    layer = scatter(pf.generalized_sylvester(dim, [24, 24], solver=Sweeps(max_steps=0)).double(), size).with_cache(0)
+    y = 3 * torch.randn(16, dim, dtype=torch.float64)
+    with torch.no_grad():
+        x, ladj = inv_and_ladj(layer, y)
+        image, forward = call_and_ladj(layer, x)
+    torch.testing.assert_close(image, y, rtol=1e-10, atol=1e-10 * size)
+    torch.testing.assert_close(ladj, -forward, rtol=1e-6, atol=1e-6)
+    if dim < 40:
+        expected = jacobian_log_det(layer._call, x[:3], 1)
+        torch.testing.assert_close(forward[:3], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_generalized_gradient_against_all_sweeps_with_a_graph():
+    layer = scatter(pf.generalized_sylvester(20, [12, 12]).double(), 0.4).with_cache(0)
+    exact = pf.generalized_sylvester(20, [12, 12], order=2).double().with_cache(0)
+    exact.load_state_dict(layer.state_dict())
+    y, weights = torch.randn(2, 3, 20, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad((weights * x).sum() + ladj.sin().sum(), list(which.parameters()))
+        for which in (layer, exact)
+        for x, ladj in [inv_and_ladj(which, y)]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_generalized_context():
@@ -471,8 +502,8 @@ def test_pickle_keeps_the_solver():
 
 
 def test_failure_names_the_layer():
-    layer = scaled(pf.generalized_sylvester(6, [16], solver=Sweeps(max_steps=1)), 2.0)
-    with pytest.raises(ConvergenceError, match=r"GeneralizedSylvester: .* of 8 rows"):
+    layer = scaled(pf.generalized_sylvester(6, [16], solver=Sweeps(max_steps=1, atol=0.0, rtol=0.0)), 2.0)
+    with pytest.raises(ConvergenceError, match=r"GeneralizedSylvester: .* of 8 rows .* after 1 steps"):
         layer.inv(torch.randn(8, 6, dtype=torch.float64))
     with pytest.raises(ConvergenceError, match="Planar"):
         scaled(pf.planar(3, solver=Newton(max_steps=0)), 2.0).inv(torch.randn(8, 3, dtype=torch.float64))

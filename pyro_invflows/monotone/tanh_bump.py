@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.monotone.base import MonotoneFunction, bounded
-from pyro_invflows.solvers import tanh_root, tanh_slope
+from pyro_invflows.solvers import solve_tanh, tanh_root, tanh_slope
 from pyro_invflows.support.checks import positive_number
 
 __all__ = ["TanhBump"]
@@ -65,3 +65,11 @@ class TanhBump(MonotoneFunction):
         target = torch.addcmul(t, log_a.exp(), y - u).clamp(-_SATURATED, _SATURATED)
         h = torch.tanh(tanh_root(target, d.expand_as(target), owner="TanhBump"))
         return y - u - (d - 1) * (-log_a).exp() * h, tanh_slope(h, d).log()
+
+    @torch.no_grad()
+    def root(self, y: Tensor, raw: Tensor) -> Tensor:
+        log_a, d, t, u = self._parameters(raw)
+        shifted = y - u
+        target = torch.addcmul(t, log_a.exp(), shifted).clamp_(-_SATURATED, _SATURATED)
+        h = torch.tanh(solve_tanh(target, d.expand_as(target)).value)
+        return torch.addcmul(shifted, (d - 1) * (-log_a).exp(), h, value=-1)
