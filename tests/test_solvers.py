@@ -22,6 +22,7 @@ from pyro_invflows.solvers import (
     dense_jacobian,
     finish,
     implicit_gradient,
+    plain_tanh_root,
     solve_tanh,
     solve_triangular_tanh,
     tanh_root,
@@ -542,3 +543,16 @@ def test_scalar_roots_of_slopes_beyond_the_precision(d):
     assert s.isfinite().all()
     residual = s.double() + (d - 1) * s.double().tanh() - c.double()
     assert (residual.abs() <= 8 * torch.finfo(torch.float32).eps * (1 + d + c.double().abs())).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_plain_tanh_root_is_the_root(dtype):
+    d = torch.logspace(-6, 6, 97, dtype=dtype).unsqueeze(-1)
+    s = torch.cat([torch.logspace(-6, 3, 40, dtype=dtype), torch.zeros(1, dtype=dtype)])
+    for sign in (1, -1):
+        c = (sign * s + (d - 1) * torch.tanh(sign * s)).expand(97, 41).contiguous()
+        d_all = d.expand_as(c)
+        root = plain_tanh_root(c, d_all)
+        size = 1 + (d - 1).abs() + c.abs()
+        assert ((root + (d - 1) * torch.tanh(root) - c).abs() <= 8 * torch.finfo(dtype).eps * size).all()
+    assert plain_tanh_root(torch.full((3,), torch.nan), torch.ones(3)).isnan().all()

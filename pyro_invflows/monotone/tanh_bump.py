@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_invflows.monotone.base import MonotoneFunction, bounded
-from pyro_invflows.solvers import solve_tanh, tanh_root, tanh_slope
+from pyro_invflows.solvers import plain_tanh_root, tanh_root, tanh_slope
 from pyro_invflows.support.checks import positive_number
 
 __all__ = ["TanhBump"]
@@ -71,5 +71,5 @@ class TanhBump(MonotoneFunction):
         log_a, d, t, u = self._parameters(raw)
         shifted = y - u
         target = torch.addcmul(t, log_a.exp(), shifted).clamp_(-_SATURATED, _SATURATED)
-        h = torch.tanh(solve_tanh(target, d.expand_as(target)).value)
+        h = torch.tanh(plain_tanh_root(target, d.expand_as(target)))
         return torch.addcmul(shifted, (d - 1) * (-log_a).exp(), h, value=-1)

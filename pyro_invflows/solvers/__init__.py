@@ -7,7 +7,7 @@ from pyro_invflows.solvers.rows import iterate
 from pyro_invflows.solvers.scalar import Bisection
 from pyro_invflows.solvers.settings import Settings
 from pyro_invflows.solvers.solution import Solution, Status, finish
-from pyro_invflows.solvers.tanh import solve_tanh, tanh_root, tanh_slope
+from pyro_invflows.solvers.tanh import plain_tanh_root, solve_tanh, tanh_root, tanh_slope
 from pyro_invflows.solvers.triangular_tanh import solve_triangular_tanh, triangular_tanh_root
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "finish",
     "implicit_gradient",
     "iterate",
+    "plain_tanh_root",
     "solve_tanh",
     "solve_triangular_tanh",
     "tanh_root",

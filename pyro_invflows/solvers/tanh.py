@@ -21,13 +21,15 @@ from pyro_invflows.solvers.solution import Solution, Status, finish, is_blind
 from pyro_invflows.support.derivatives import may_differentiate, steps_with_graph
 from pyro_invflows.support.modes import forward_levels
 
-__all__ = ["solve_tanh", "tanh_root", "tanh_slope"]
+__all__ = ["plain_tanh_root", "solve_tanh", "tanh_root", "tanh_slope"]
 
 #: Scalar Newton steps before the residual is first checked, between later checks, and in all. Usually 6 suffice; |d|
 #: near 1e8 takes 20.
 _SCALAR_STEPS = 6
 _MORE_SCALAR_STEPS = 2
 _MAX_SCALAR_STEPS = 40
+#: Steps before the residual is first checked, where each check costs little.
+_PLAIN_STEPS = 4
 
 
 def tanh_slope(h: Tensor, d: Tensor) -> Tensor:
@@ -65,6 +67,33 @@ def solve_tanh(c: Tensor, d: Tensor, settings: Newton | None = None) -> Solution
         settings: Tolerances and ``max_steps``, of which at most 40 are taken.
     """
     return _scalar_newton(c, d, Newton() if settings is None else settings)[0]
+
+
+@torch.no_grad()
+def plain_tanh_root(c: Tensor, d: Tensor) -> Tensor:
+    """Return the solution of ``s + (d - 1) tanh(s) = c`` alone, up to rounding, in as few operations as possible.
+
+    All elements take steps until the last one has converged, at most 40; for few elements at a time. No gradient.
+
+    Args:
+        c: Any shape.
+        d: Positive, shaped like c.
+    """
+    t = d - 1
+    a = c.abs()
+    shifted, scaled = a - t, a / d
+    # the end of the bracket from which Newton's method is monotone, as in _start, where d may be very small
+    s = torch.where(t >= 0, torch.maximum(shifted, scaled), torch.minimum(shifted, scaled)).copysign_(c)
+    least = d.clamp_max(1)
+    goal = (t.abs() + a).add_(1).mul_(4 * torch.finfo(c.dtype).eps)
+    for step in range(_MAX_SCALAR_STEPS):
+        h = torch.tanh(s)
+        r = torch.addcmul(s - c, t, h)
+        if step >= _PLAIN_STEPS and not bool((r.abs() > goal).any()):  # NaN is left as it is
+            break
+        slope = torch.maximum(torch.addcmul(d, h * h, t, value=-1), least)
+        s = torch.addcdiv(s, r, slope, value=-1)
+    return s
 
 
 def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bool]:
