@@ -68,8 +68,15 @@ class TanhBump(MonotoneFunction):
 
     @torch.no_grad()
     def root(self, y: Tensor, raw: Tensor) -> Tensor:
-        log_a, d, t, u = self._parameters(raw)
+        raw_a, raw_d, t, u = raw.unbind(-2)
+        a, d = _bounded_exp(raw_a, self.max_log_steepness), _bounded_exp(raw_d, self.max_log_slope)
         shifted = y - u
-        target = torch.addcmul(t, log_a.exp(), shifted).clamp_(-_SATURATED, _SATURATED)
-        h = torch.tanh(plain_tanh_root(target, d.expand_as(target)))
-        return torch.addcmul(shifted, (d - 1) * (-log_a).exp(), h, value=-1)
+        target = torch.addcmul(t, a, shifted).clamp_(-_SATURATED, _SATURATED)
+        _, h = plain_tanh_root(target, d.expand_as(target))
+        return torch.addcdiv(shifted, (d - 1) * h, a, value=-1)
+
+
+def _bounded_exp(raw: Tensor, bound: float) -> Tensor:
+    """Return the exponential of :func:`bounded`, in fewer operations."""
+    half = torch.sigmoid(raw if bound == 2 else raw * (2 / bound))
+    return torch.rsub(half, -bound, alpha=-2 * bound).exp_()

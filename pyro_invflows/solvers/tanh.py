@@ -70,30 +70,30 @@ def solve_tanh(c: Tensor, d: Tensor, settings: Newton | None = None) -> Solution
 
 
 @torch.no_grad()
-def plain_tanh_root(c: Tensor, d: Tensor) -> Tensor:
-    """Return the solution of ``s + (d - 1) tanh(s) = c`` alone, up to rounding, in as few operations as possible.
+def plain_tanh_root(c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the s with ``s + (d - 1) tanh(s) = c``, and tanh(s), up to rounding, in as few operations as possible.
 
     All elements take steps until the last one has converged, at most 40; for few elements at a time. No gradient.
 
     Args:
         c: Any shape.
-        d: Positive, shaped like c.
+        d: Positive, shaped like c; far below 1 / eps, or rounding would leave nothing of the slope.
     """
     t = d - 1
     a = c.abs()
     shifted, scaled = a - t, a / d
     # the end of the bracket from which Newton's method is monotone, as in _start, where d may be very small
     s = torch.where(t >= 0, torch.maximum(shifted, scaled), torch.minimum(shifted, scaled)).copysign_(c)
-    least = d.clamp_max(1)
     goal = (t.abs() + a).add_(1).mul_(4 * torch.finfo(c.dtype).eps)
     for step in range(_MAX_SCALAR_STEPS):
         h = torch.tanh(s)
         r = torch.addcmul(s - c, t, h)
         if step >= _PLAIN_STEPS and not bool((r.abs() > goal).any()):  # NaN is left as it is
             break
-        slope = torch.maximum(torch.addcmul(d, h * h, t, value=-1), least)
-        s = torch.addcdiv(s, r, slope, value=-1)
-    return s
+        s = torch.addcdiv(s, r, torch.addcmul(d, h.mul_(h), t, value=-1), value=-1)
+    else:
+        h = torch.tanh(s)
+    return s, h
 
 
 def _scalar_newton(c: Tensor, d: Tensor, settings: Newton) -> tuple[Solution, bool]:
