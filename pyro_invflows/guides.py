@@ -19,15 +19,18 @@ from torch.distributions import biject_to
 from pyro_invflows.core.bijection import Bijection
 from pyro_invflows.core.chain import Chain
 from pyro_invflows.inference.gaussian import Gaussian, fit_gaussian, fixed_normals
-from pyro_invflows.inference.importance import Importance, importance
+from pyro_invflows.inference.importance import Importance, importance, smoothed
 from pyro_invflows.inference.missing import missed_evidence, mixture_weights
-from pyro_invflows.inference.posterior_flow import draw, posterior_flow, train_flow
+from pyro_invflows.inference.posterior_flow import draw, learn_draws, posterior_flow, train_flow
 from pyro_invflows.inference.potential import Potential
 from pyro_invflows.inference.start import bfgs_paths, choose, newton, starting_points
 from pyro_invflows.linalg.triangular import solve_for_rows
 from pyro_invflows.support.checks import positive_int, positive_number
 
 __all__ = ["AutoInvertibleFlow", "Diagnostics"]
+
+#: Evidence found elsewhere, in nats, above which a mode is missing.
+_MISSED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Diagnostics:
             f"k-hat {w.khat:.2f}, effective sample size {w.ess:.0f}",
             f"evidence missed, as far as other paths show: {self.missed:.3f} nats",
         ]
-        if self.missed > 0.1:
+        if self.missed > _MISSED:
             lines.append("WARNING: part of the posterior is missing.")
         if w.lost_share:
             lines.append(f"WARNING: the model is not finite at {w.lost_share:.1%} of the draws; try float64.")
@@ -93,8 +96,9 @@ class AutoInvertibleFlow(AutoContinuous):
     """A guide for continuous latent sites: a Gaussian bent by a flow that inverts anywhere.
 
     ``fit`` finds it without tuning: descents from several starts, Newton, a choice among Gaussians by their ELBO, the
-    best Gaussian on fixed draws, then a flow trained by path gradients, and a check for what is missing. Without
-    ``fit`` it is an ordinary guide for ``SVI``.
+    best Gaussian on fixed draws, then a flow trained by path gradients, and a check for what is missing. If a mode is
+    missing, the flow learns it from draws of the Gaussians that see it, and is trained once more. Without ``fit`` it is
+    an ordinary guide for ``SVI``.
 
     Args:
         model: A Pyro model.
@@ -209,14 +213,38 @@ class AutoInvertibleFlow(AutoContinuous):
                 tol=tol,
                 elapsed=elapsed,
             )
-        self.flow.load_state_dict(Chain([*flow, _Around(around)]).state_dict())  # in place: Pyro's store holds them
-        weights, missed = self._check(potential, witnesses, 2000, generator)
+        self._hold(flow, around)
+        weights, missed, seen = self._check(potential, witnesses, 2000, generator)
+        if missed > _MISSED and elapsed() < 1:
+            flow, around = _learned(seen, generator, seed)
+            rounds += train_flow(
+                potential,
+                flow,
+                around,
+                generator=generator,
+                num_particles=num_particles,
+                max_steps=max_steps,
+                tol=tol,
+                lr=3e-3,  # gentle, or one mode wins before the weights of both are settled
+                elapsed=elapsed,
+            )
+            before = {name: value.clone() for name, value in self.flow.state_dict().items()}
+            self._hold(flow, around)
+            again = self._check(potential, witnesses, 2000, generator)
+            if again[1] < missed:
+                weights, missed, seen = again
+            else:
+                self.flow.load_state_dict(before)
         self.diagnostics = Diagnostics(
             weights, missed, tuple(rounds), time.thread_time() - begin, potential.mode, potential.dim
         )
         if progress:
             print(self.diagnostics)
         return self
+
+    def _hold(self, flow: Chain, around: Gaussian) -> None:
+        """Take the parameters of a flow around a Gaussian, in place, because Pyro's store holds the guide's own."""
+        self.flow.load_state_dict(Chain([*flow, _Around(around)]).state_dict())
 
     def _check_supports(self, potential: Potential, generator: torch.Generator) -> None:
         x = torch.randn(3, potential.dim, generator=generator, dtype=torch.float64)
@@ -230,8 +258,12 @@ class AutoInvertibleFlow(AutoContinuous):
 
     def _check(
         self, potential: Potential, witnesses: list[Gaussian], n: int, generator: torch.Generator
-    ) -> tuple[Importance, float]:
-        """Weigh fresh draws of the guide, and look for evidence that it misses."""
+    ) -> tuple[Importance, float, Tensor]:
+        """Weigh fresh draws of the guide, and look for evidence that it misses.
+
+        Returns:
+            What the weights say; the missed evidence; draws of the posterior, as far as guide and witnesses see it.
+        """
         with torch.no_grad():
             base = self.get_base_dist()
             e = torch.randn(n, potential.dim, generator=generator, dtype=torch.float64)
@@ -242,8 +274,10 @@ class AutoInvertibleFlow(AutoContinuous):
                 e, ladj = self.flow.inv_and_ladj(x)
                 return base.log_prob(e) + ladj
 
-            _, mixed = mixture_weights(potential.value, x, log_q, witnesses, generator)
-        return importance(log_weights), missed_evidence(mixed, log_weights)
+            everywhere, mixed = mixture_weights(potential.value, x, log_q, witnesses, generator)
+            shares = (smoothed(mixed)[0] - mixed[torch.isfinite(mixed)].max()).exp().nan_to_num(0.0)
+            seen = everywhere[torch.multinomial(shares, n, replacement=True, generator=generator)]
+        return importance(log_weights), missed_evidence(mixed, log_weights), seen
 
     def _constrain(self, x: Tensor) -> dict[str, Tensor]:
         """Return the sites' values at points ``(n, D)``, each with n in front."""
@@ -265,6 +299,17 @@ class AutoInvertibleFlow(AutoContinuous):
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the median of each site's elements, from draws."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+
+def _learned(draws: Tensor, generator: torch.Generator, seed: int) -> tuple[Chain, Gaussian]:
+    """Return a new flow around the Gaussian of some draws, trained on these by maximum likelihood."""
+    covariance = draws.mT.cov() + 1e-9 * draws.var(0).diag()
+    around = Gaussian(draws.mean(0), torch.linalg.cholesky(covariance))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        chain = posterior_flow(draws.shape[1])
+    learn_draws(chain, solve_for_rows(around.scale, draws - around.loc, upper=False), generator=generator)
+    return chain, around
 
 
 def _start(

@@ -114,3 +114,18 @@ def test_what_cannot_be_fitted_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             AutoInvertibleFlow(model).fit(progress=False)
+
+
+def two_modes():
+    x = pyro.sample("x", dist.Normal(torch.zeros(4), 6.0).to_event(1))
+    near = dist.Normal(x, 1.0).to_event(1)
+    pyro.factor("y", torch.logaddexp(near.log_prob(torch.tensor(-4.0)), near.log_prob(torch.tensor(4.0)) + 1.0))
+
+
+def test_a_missing_mode_is_found():
+    guide = AutoInvertibleFlow(two_modes).fit(seed=0, max_steps=500, progress=False)
+    torch.manual_seed(0)
+    draws = guide.get_posterior().sample((4000,))
+    share = torch.sigmoid(torch.tensor(1.0))  # both sides have the same prior
+    assert abs((draws.sum(-1) > 0).double().mean() - share) < 0.1
+    assert abs(guide.diagnostics.missed) < 0.1

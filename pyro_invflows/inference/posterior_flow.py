@@ -15,7 +15,7 @@ from pyro_invflows.inference.gaussian import Gaussian
 from pyro_invflows.inference.importance import Importance, importance
 from pyro_invflows.transforms import Permute, affine_coupling, lu_linear, sinh_arcsinh
 
-__all__ = ["binary_code_couplings", "draw", "posterior_flow", "train_flow"]
+__all__ = ["binary_code_couplings", "draw", "learn_draws", "posterior_flow", "train_flow"]
 
 
 def binary_code_couplings(dim: int, hidden_dims: tuple[int, ...]) -> list[Bijection]:
@@ -58,6 +58,21 @@ def draw(flow: Bijection, around: Gaussian, n: int, generator: torch.Generator) 
         w, ladj = flow.call_and_ladj(e)
     log_q = -0.5 * e.square().sum(1) - 0.5 * e.shape[1] * math.log(2 * math.pi) - ladj
     return around.loc + w @ around.scale.mT, log_q - around.scale.diagonal().log().sum()
+
+
+def learn_draws(
+    flow: Bijection, draws: Tensor, *, generator: torch.Generator, steps: int = 600, batch_size: int = 256
+) -> None:
+    """Fit a flow from standard normal noise to draws ``(n, D)`` by maximum likelihood, in place."""
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(draws), (batch_size,), generator=generator)
+        e, ladj = flow.inv_and_ladj(draws[rows])
+        optimizer.zero_grad()
+        (0.5 * e.square().sum(-1) - ladj).mean().backward()
+        optimizer.step()
+        schedule.step()
 
 
 def train_flow(
