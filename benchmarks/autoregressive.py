@@ -29,9 +29,9 @@ from pyro_invflows import (
     call_and_ladj,
     generalized_sylvester,
     inv_and_ladj,
-    neural_spline_flow,
     spline_autoregressive,
 )
+from pyro_invflows.flows import neural_spline_flow
 
 BATCH, BINS, BOUND = 256, 8, 5.0
 SIZES = {8: 128, 64: 128, 256: 512}
