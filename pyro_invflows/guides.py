@@ -35,14 +35,14 @@ _MISSED = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-    """What ``fit`` saw; it prints as a report.
+    """The result of ``fit``'s checks; printed, it is a report.
 
     Attributes:
         weights: k-hat, effective sample size, evidence, ELBO, divergence and share of lost draws, on fresh draws.
         missed: Nats of evidence that Gaussians from the other paths of the start see and the guide does not; near 0, or
             modes are missing.
         rounds: The same as ``weights``, after each round of the flow's training; empty if the Gaussian was good enough.
-        seconds: Time of the calling thread, all in all.
+        seconds: CPU time of the calling thread, in total.
         vectorised: How the model was evaluated: ``"vmap"`` or ``"loop"``.
         dim: Number of unconstrained coordinates.
     """
@@ -105,7 +105,7 @@ class AutoInvertibleFlow(AutoContinuous):
         init_loc_fn: Values of the sites for the prototype, and the centre of a guide that is not fitted.
 
     Attributes:
-        diagnostics: What ``fit`` saw, or None.
+        diagnostics: The :class:`Diagnostics` of the last ``fit``, or None.
 
     Raises:
         ValueError: from ``fit``, if the model has a discrete latent site or none at all, subsamples its data, has
@@ -169,9 +169,9 @@ class AutoInvertibleFlow(AutoContinuous):
 
         Args:
             *args: Positional arguments of the model.
-            seconds: Time of the calling thread at which training of the flow stops.
-            max_steps: Most steps of the flow's training.
-            num_particles: Draws a step.
+            seconds: CPU time of the calling thread after which the training of the flow stops.
+            max_steps: Maximum number of steps of the flow's training.
+            num_particles: Number of draws per step.
             tol: Divergence from the posterior, in nats, at which training stops.
             seed: Seed of the draws; by default it comes from torch's generator.
             progress: Whether to print the report at the end.

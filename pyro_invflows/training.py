@@ -33,7 +33,7 @@ _LOST, _NEVER = 100, 10
 
 @dataclass
 class History:
-    """What a run of :func:`fit` saw.
+    """The record of a run of :func:`fit`.
 
     Attributes:
         losses: Mean negative log-likelihood of each step's batch, in nats.
@@ -120,16 +120,17 @@ def fit(
         context: ``(N, context_dim)``, if the flow is conditional.
         validation: Fraction of the rows to hold out, or held-out rows ``(M, *E)`` (with a context, a pair of rows and
             contexts). With 0, nothing is held out; the parameters are those of the last step, averaged.
-        batch_size: Rows of a step, over all processes. The rows of an epoch that fill no batch are left out; they are
-            others in each epoch.
-        learning_rate: Of Adam, at the start.
-        max_epochs: Largest number of passes through the data.
-        seconds: Largest number of seconds to train; the learning rate falls over this time, if it is reached first.
+        batch_size: Number of rows per step, over all processes. Rows that do not fill a batch are left out; these
+            differ from epoch to epoch.
+        learning_rate: Initial learning rate.
+        max_epochs: Maximum number of passes through the data.
+        seconds: Maximum time of the training; if it is reached before the last epoch, the learning rate falls over this
+            time instead.
         patience: Number of epochs without a better score after which training stops; None for no early stopping.
-        clip: Largest norm of all gradients together; longer ones are scaled down. None for no clipping.
-        weight_decay: Decay of the weights of all dense and convolutional layers (of no other parameters), which keeps
-            networks from learning few rows by heart. By default ``(11000 / N) ** 2`` for N rows to train on, at most
-            1, so that it matters below about 20 000 rows.
+        clip: Maximum norm of all gradients together; larger gradients are scaled down. None for no clipping.
+        weight_decay: Decay of the weights of all dense and convolutional layers (of no other parameters), which
+            prevents overfitting when there are few rows. By default ``(11000 / N) ** 2`` for N rows to train on, at
+            most 1, so that it matters below about 20 000 rows.
         averaging: Decay of the moving average, per step; 0 for none. It starts lower, so that the first steps fade.
         initialize: Whether to call ``flow.initialize`` first, if the flow has that method, with at most 65 536 of the
             rows. False continues the training of a flow.
@@ -137,10 +138,10 @@ def fit(
             one process, bit for bit as if it had never stopped. This also sets torch's global generator of the CPU.
         progress: Whether to show a progress bar, where tqdm is installed.
         callback: Called after each epoch with the :class:`History` so far; training stops if it returns something true.
-        generator: Draws the seed of the split and of the order of the rows; default torch's global generator.
+        generator: Source of the seed for the split and for the order of the rows; default torch's global generator.
 
     Returns:
-        What was seen on the way: losses, validation scores, seconds, and the reason why training stopped.
+        The record of the run: losses, validation scores, seconds, and the reason why training stopped.
 
     Raises:
         TypeError: if data are not floating point tensors.

@@ -14,7 +14,7 @@ __all__ = ["Importance", "importance", "smoothed"]
 
 @dataclass(frozen=True)
 class Importance:
-    """What importance weights say about a guide.
+    """The verdict of importance weights on a guide.
 
     Attributes:
         khat: Shape of the generalised Pareto distribution fitted to the largest weights; below 0.7 they are usable.

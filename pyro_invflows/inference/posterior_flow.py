@@ -98,15 +98,15 @@ def train_flow(
         flow: From noise to coordinates whitened by ``around``; trained in place.
         around: The Gaussian.
         generator: Source of the noise.
-        num_particles: Draws a step, antithetic.
-        max_steps: Most steps of all rounds.
+        num_particles: Number of draws per step, in antithetic pairs.
+        max_steps: Maximum number of steps, over all rounds.
         tol: Divergence in nats that is good enough.
         lr: Learning rate of Adam.
         first_round: Steps of the first round; each further one is twice as long.
         elapsed: Share of the time that is used up; training stops at 1.
 
     Returns:
-        What the weights said after each round.
+        The verdict of the importance weights after each round.
     """
     parameters = list(flow.parameters())
     optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.99))

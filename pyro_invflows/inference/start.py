@@ -184,7 +184,7 @@ def newton(
     Args:
         potential: Has ``value_and_grad``, ``hessian`` and ``noise``, as :class:`Potential` does.
         x: Starts ``(P, D)``.
-        max_steps: Most steps.
+        max_steps: Maximum number of steps.
         tol: A path ends at a minimum where the squared Newton decrement is below it.
         expired: Whether to stop now.
 
@@ -242,7 +242,7 @@ def choose(
 
     Args:
         value: From points ``(n, D)`` to U.
-        candidates: What competes: with 8 draws each; the finalists again with 64.
+        candidates: The competitors: each is judged by 8 draws, the finalists again by 64.
         generator: Source of the draws.
         num_finalists: Size of the final.
         margin: How many nats a witness may lie below the best.
