@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -202,32 +203,22 @@ class AutoInvertibleFlow(AutoContinuous):
             flow = posterior_flow(potential.dim)
         x, log_q = draw(flow, around, 2000, generator)
         result, rounds = importance(-potential.value(x) - log_q), []
+        train = functools.partial(
+            train_flow,
+            potential,
+            generator=generator,
+            num_particles=num_particles,
+            max_steps=max_steps,
+            tol=tol,
+            elapsed=elapsed,
+        )
         if not (result.kl < tol / 2 and result.khat < 0.7 and not result.lost_share):
-            rounds = train_flow(
-                potential,
-                flow,
-                around,
-                generator=generator,
-                num_particles=num_particles,
-                max_steps=max_steps,
-                tol=tol,
-                elapsed=elapsed,
-            )
+            rounds = train(flow, around)
         self._hold(flow, around)
         weights, missed, seen = self._check(potential, witnesses, 2000, generator)
         if missed > _MISSED and elapsed() < 1:
             flow, around = _learned(seen, generator, seed)
-            rounds += train_flow(
-                potential,
-                flow,
-                around,
-                generator=generator,
-                num_particles=num_particles,
-                max_steps=max_steps,
-                tol=tol,
-                lr=3e-3,  # gentle, or one mode wins before the weights of both are settled
-                elapsed=elapsed,
-            )
+            rounds += train(flow, around, lr=3e-3)  # gentle, or one mode wins before the weights of both are settled
             before = {name: value.clone() for name, value in self.flow.state_dict().items()}
             self._hold(flow, around)
             again = self._check(potential, witnesses, 2000, generator)
