@@ -186,6 +186,15 @@ def test_validation_refuses_nan_and_wrong_shapes():
     torch.testing.assert_close(d.log_prob(torch.zeros(3)), before)
 
 
+def test_an_empty_batch_is_scored_with_validation_on():
+    flow = pf.Flow(BASES["normal"](), layers(3))
+    y = torch.zeros(2, 0, 3, requires_grad=True)
+    value = flow().log_prob(y)
+    assert value.shape == (2, 0)
+    value.sum().backward()
+    assert y.grad.shape == y.shape
+
+
 def test_values_are_validated_as_by_the_given_base():
     flow = pf.Flow(dist.Exponential(torch.ones(2)).to_event(1), [pf.diagonal(2)])
     with pytest.raises(ValueError, match="support"):

@@ -59,7 +59,7 @@ class FlowDistribution(TransformedDistribution):
             ValueError: if ``num_particles`` is below 1; if it is above 1 with ``Slice(score="sample")``, or with both a
                 ``Slice`` and an estimated log-det, because the log-mean-exp of estimates is not a bound.
         """
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch's constraints fail on empty batches
             self._validate_sample(value)
         positive_int(num_particles, "num_particles", "log_prob")
         if num_particles == 1:
