@@ -12,7 +12,8 @@ from pyro_invflows.core.one_pass import call_and_ladj, inv_and_ladj
 from pyro_invflows.guides import AutoInvertibleFlow
 from pyro_invflows.inference import PathELBO
 from pyro_invflows.support.errors import ConvergenceError, ConvergenceWarning, ReconstructionError
-from pyro_invflows.training import History, fit
+from pyro_invflows.support.history import History
+from pyro_invflows.training import fit
 from pyro_invflows.transforms import (
     ELU,
     SELU,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pyro_invflows.core.faults import first_fault
+from pyro_invflows.support.checkpoints import fingerprint, read_state, write_state
 from pyro_invflows.support.checks import positive_int, positive_number, real_number
+from pyro_invflows.support.history import History
 from pyro_invflows.support.optimisers import decaying_adam, default_decay
 from pyro_invflows.support.ranks import Ranks
-from pyro_invflows.support.rows import Rows, distribution_of, held_out, split
+from pyro_invflows.support.rows import Rows, device_of, distribution_of, held_out, log_prob, split
 
-__all__ = ["History", "fit"]
+__all__ = ["fit"]
 
 #: Number of rows from which layers are initialised, at most.
 _INITIAL_ROWS = 65_536
@@ -29,55 +33,6 @@ _INITIAL_ROWS = 65_536
 _SCORED_ROWS = 4096
 #: Training is given up after so many steps in a row that were not finite; sooner if none ever was.
 _LOST, _NEVER = 100, 10
-
-
-@dataclass
-class History:
-    """The record of a run of :func:`fit`.
-
-    Attributes:
-        losses: Mean negative log-likelihood of each step's batch, in nats.
-        validation: Mean negative log-likelihood of the held-out rows after each epoch, in nats.
-        seconds: Wall-clock time of all epochs, those before a resumption included.
-        skipped: Number of steps that were skipped because the loss or a gradient was not finite.
-        best_epoch: Index into ``validation`` of the epoch whose parameters were kept; None without held-out rows.
-        reason: Why training stopped: ``"max_epochs"``, ``"patience"``, ``"seconds"``, ``"callback"``, ``"not finite"``
-            (no step of the last hundred was finite) or ``"no parameters"`` (there was nothing to train).
-    """
-
-    losses: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    skipped: int = 0
-    best_epoch: int | None = None
-    reason: str = ""
-
-    def plot(self, axis: Any = None) -> Any:
-        """Draw losses and validation scores over the steps; return the matplotlib axes.
-
-        Args:
-            axis: Axes to draw on; by default a new figure's.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("History.plot needs matplotlib: pip install matplotlib.") from error
-        axis = plt.subplots(layout="constrained")[1] if axis is None else axis
-        count, window = len(self.losses), max(1, len(self.losses) // 200)
-        means = [sum(part) / len(part) for i in range(0, count, window) if (part := self.losses[i : i + window])]
-        axis.plot([min(window * (i + 1), count) for i in range(len(means))], means, label="training batches")
-        epochs = max(len(self.validation), 1)
-        steps = [count * (i + 1) / epochs for i in range(len(self.validation))]
-        if steps:
-            axis.plot(steps, self.validation, label="held-out rows")
-        if self.best_epoch is not None:
-            axis.plot(steps[self.best_epoch], self.validation[self.best_epoch], "o", label="kept")
-        axis.set(xlabel="step", ylabel="negative log-likelihood (nats)")
-        axis.legend()
-        return axis
 
 
 def fit(
@@ -167,8 +122,8 @@ def fit(
         None if weight_decay is None else real_number(weight_decay, "weight_decay", "fit"),
         real_number(averaging, "averaging", "fit"),
     )
-    if settings.weight_decay is not None and settings.weight_decay < 0:
-        raise ValueError(f"fit: weight_decay must be at least 0, but got {weight_decay!r}.")
+    if settings.weight_decay is not None and not 0 <= settings.weight_decay < math.inf:
+        raise ValueError(f"fit: weight_decay must be at least 0 and finite, but got {weight_decay!r}.")
     if not 0 <= settings.averaging < 1:
         raise ValueError(f"fit: averaging must be at least 0 and below 1, but got {averaging!r}.")
     inner = flow.module if isinstance(flow, DistributedDataParallel) else flow
@@ -176,16 +131,17 @@ def fit(
     given = held_out(validation, context is not None)
     if isinstance(given, Rows):
         given = given.checked(inner, "the rows of validation", "the contexts of validation", rows)
-    ranks = Ranks(next((t.device for t in inner.parameters()), rows.data.device))
+    ranks = Ranks(device_of(inner, rows.events.device))
     run = _Run(flow, inner, rows, given, settings, ranks)
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        run.load(path)
+    saved = ranks.from_first(lambda: None if path is None or not path.exists() else read_state(path, "fit"))
+    if saved is not None:
+        run.load(saved, path)
     else:
         device = torch.device("cpu") if generator is None else generator.device
-        seed = ranks.agreed(torch.randint(2**62, (), generator=generator, device=device))
-        run.begin(seed, initialize and hasattr(inner, "initialize"))
-    training = flow.training
+        seed = torch.randint(2**62, (), generator=generator, device=device)
+        run.begin(ranks.from_first(lambda: int(seed)), initialize and hasattr(inner, "initialize"))
+    modes = {module: module.training for module in flow.modules()}
     bar = _progress_bar(settings.max_epochs, progress and ranks.rank == 0)
     try:
         run.train(path, bar, callback)
@@ -193,7 +149,8 @@ def fit(
         if bar is not None:
             bar.close()
         run.restore()
-        flow.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return run.history
 
 
@@ -235,17 +192,18 @@ class _Run:
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
         self.rows, self.held_out = split(self.all_rows, self.validation, self.generator)
-        chosen = torch.randperm(len(self.rows.data), generator=self.generator)[:_INITIAL_ROWS]
+        chosen = torch.randperm(len(self.rows.events), generator=self.generator)[:_INITIAL_ROWS]
         self.ranks.copy_from_first(self.inner)
         if initialize:
             start = self.rows.take(self.ranks.share(chosen), self.ranks.device)
             self.inner.initialize(*(t for t in start if t is not None))  # type: ignore[operator]
-        self.batch = min(self.settings.batch_size, len(self.rows.data))
-        self.epoch_steps = len(self.rows.data) // self.batch
+        self.batch = min(self.settings.batch_size, len(self.rows.events))
+        self.epoch_steps = len(self.rows.events) // self.batch
         decay = self.settings.weight_decay
-        decay = default_decay(len(self.rows.data)) if decay is None else decay
+        decay = default_decay(len(self.rows.events)) if decay is None else decay
         self.optimiser = decaying_adam(self.inner, self.settings.learning_rate, decay) if self.parameters else None
         self.average = AveragedModel(self.inner, multi_avg_fn=self._move) if self.settings.averaging else None
+        self._keep()
 
     def train(self, path: Path | None, bar: Any, callback: Callable[[History], Any] | None) -> None:
         """Run epochs until there is a reason to stop."""
@@ -254,36 +212,43 @@ class _Run:
         if bar is not None:
             bar.update(len(history.validation))
         while not history.reason:
-            history.reason = self._epoch() if self.parameters else "no parameters"
+            history.reason = "no parameters" if self.optimiser is None else self._epoch(self.optimiser)
             self._validate()
             history.seconds = time.perf_counter() - self.clock
             history.reason = history.reason or self._reason()
             if bar is not None:
                 bar.update()
                 bar.set_postfix(loss=_last(history.losses), validation=_last(history.validation))
-            if callback is not None and callback(history):
-                history.reason = history.reason or "callback"
+            if callback is not None:
+                answer = bool(callback(history))
+                if self.ranks.from_first(lambda answer=answer: answer):  # type: ignore[misc]
+                    history.reason = history.reason or "callback"
             if path is not None and self.ranks.rank == 0:
-                self.save(path)
+                write_state(path, self.state())
+        if self.held_out is not None and history.best_epoch is None:
+            warnings.warn(
+                "fit: no score of the held-out rows was finite, so the flow keeps the parameters that it had before "
+                "the first step. Rescale the data (is the flow initialised from them?), or lower the learning rate.",
+                stacklevel=3,
+            )
 
-    def _epoch(self) -> str:
+    def _epoch(self, optimiser: torch.optim.Optimizer) -> str:
         """Take the steps of one epoch; return a reason to stop at once, or nothing."""
         self.flow.train()
-        order = torch.randperm(len(self.rows.data), generator=self.generator)
+        order = torch.randperm(len(self.rows.events), generator=self.generator)
         for index in order[: self.epoch_steps * self.batch].split(self.batch):
-            elapsed = self._step(index)
+            elapsed = self._step(optimiser, index)
             if self.lost >= _LOST:
                 return "not finite"
             if self.settings.seconds is not None and elapsed >= self.settings.seconds:
                 return "seconds"
         return ""
 
-    def _step(self, index: Tensor) -> float:
+    def _step(self, optimiser: torch.optim.Optimizer, index: Tensor) -> float:
         """Take one step; return the seconds since the start, on the first process's clock."""
-        assert self.optimiser is not None
         rows = self.rows.take(self.ranks.share(index), self.ranks.device)
-        self.optimiser.zero_grad()
-        loss = -distribution_of(self.flow, rows.context).log_prob(rows.data).sum() / len(index)
+        optimiser.zero_grad()
+        loss = -log_prob(self.flow, rows).sum() / len(index)
         by_itself = self.flow is not self.inner  # DistributedDataParallel takes means over the processes
         (loss * self.ranks.count if by_itself else loss).backward()
         elapsed = loss.new_tensor(time.perf_counter() - self.clock if self.ranks.rank == 0 else 0.0)
@@ -291,11 +256,12 @@ class _Run:
         loss, elapsed, *sums = self.ranks.total([loss.detach(), elapsed, *([] if by_itself else gradients)])
         for gradient, whole in zip(gradients, sums, strict=False):
             gradient.copy_(whole)
-        self._set_rate(float(elapsed))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip, foreach=True)
+        self._set_rate(optimiser, float(elapsed))
+        norm = torch.nn.utils.get_total_norm(gradients)
         self.history.losses.append(float(loss))
         if math.isfinite(self.history.losses[-1]) and norm.isfinite():
-            self.optimiser.step()
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, norm)
+            optimiser.step()
             self.lost = 0
             if self.average is not None:
                 self.average.update_parameters(self.inner)
@@ -306,27 +272,28 @@ class _Run:
     def _skip(self, rows: Rows) -> None:
         self.history.skipped += 1
         self.lost += 1
-        if self.history.skipped == len(self.history.losses) == _NEVER:
+        taken = len(self.history.losses)
+        if self.history.skipped == taken and taken in (_NEVER, self.settings.max_epochs * self.epoch_steps):
             with torch.no_grad():
-                fault = first_fault(distribution_of(self.inner, rows.context), rows.data)
+                fault = first_fault(distribution_of(self.inner, rows.context), rows.events)
+            fault = self.ranks.first_text(fault)
             if not fault:
                 names = [
                     n for n, p in self.inner.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
                 ]
                 fault = f"The density is finite, but not the gradients of {', '.join(names[:3])}."
             raise ValueError(
-                f"fit: the loss must be finite, but none of the first {_NEVER} steps was. {fault} "
+                f"fit: the loss must be finite, but none of the first {taken} steps was. {fault} "
                 "Rescale the data (is the flow initialised from them?), or lower the learning rate."
             )
 
-    def _set_rate(self, elapsed: float) -> None:
+    def _set_rate(self, optimiser: torch.optim.Optimizer, elapsed: float) -> None:
         """Let the learning rate fall as a half cosine, over the steps or the seconds."""
-        assert self.optimiser is not None
         settings = self.settings
         done = len(self.history.losses) / (settings.max_epochs * self.epoch_steps)
         if settings.seconds is not None:
             done = max(done, elapsed / settings.seconds)
-        for group in self.optimiser.param_groups:
+        for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def _move(self, averages: Any, current: Any, count: Tensor | int) -> None:
@@ -347,25 +314,32 @@ class _Run:
         if self.held_out is not None:
             chosen.eval()
             total = torch.zeros((), dtype=torch.float64)
-            for index in self.ranks.share(torch.arange(len(self.held_out.data))).split(_SCORED_ROWS):
+            for index in self.ranks.share(torch.arange(len(self.held_out.events))).split(_SCORED_ROWS):
                 rows = self.held_out.take(index, self.ranks.device)
-                total -= distribution_of(chosen, rows.context).log_prob(rows.data).sum().double().cpu()
-            history.validation.append(float(self.ranks.total([total])[0]) / len(self.held_out.data))
+                total -= log_prob(chosen, rows).sum().cpu().double()
+            history.validation.append(float(self.ranks.total([total])[0]) / len(self.held_out.events))
             score = history.validation[-1]
-            if history.best_epoch is not None and not score < history.validation[history.best_epoch]:
+            best = math.inf if history.best_epoch is None else history.validation[history.best_epoch]
+            if not (math.isfinite(score) and score < best):
                 return
-            if math.isfinite(score):
-                history.best_epoch = len(history.validation) - 1
-        self.best = {name: tensor.detach().clone() for name, tensor in chosen.state_dict().items()}
+            history.best_epoch = len(history.validation) - 1
+        self._keep()
+
+    def _keep(self) -> None:
+        """Take the parameters for the best so far."""
+        self.best = {name: tensor.detach().clone() for name, tensor in self._chosen().state_dict().items()}
 
     def _reason(self) -> str:
         history, settings = self.history, self.settings
         if len(history.losses) >= settings.max_epochs * self.epoch_steps:
             return "max_epochs"
-        stale = len(history.validation) - 1 - (history.best_epoch or 0)
-        if self.held_out is not None and settings.patience is not None and stale >= settings.patience:
-            return "patience"
-        return ""
+        return "patience" if self._is_stale() else ""
+
+    def _is_stale(self) -> bool:
+        """Whether there was no better score for longer than ``patience`` allows."""
+        stale = len(self.history.validation) - 1 - (self.history.best_epoch or 0)
+        patience = self.settings.patience
+        return self.held_out is not None and patience is not None and stale >= patience
 
     def restore(self) -> None:
         """Give the flow the best parameters."""
@@ -374,15 +348,21 @@ class _Run:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _identity(self) -> dict[str, Any]:
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
         """Return what must be the same for a run to go on."""
         settings = self.settings._replace(seconds=None, patience=None)._asdict()
-        return {"shape of the data": list(self.all_rows.data.shape), **settings}
+        validation = self.validation
+        return {
+            "data": fingerprint(*self.all_rows),
+            "validation": fingerprint(*validation) if isinstance(validation, Rows) else validation,
+            **settings,
+        }
 
-    def save(self, path: Path) -> None:
-        """Write the whole state, in one piece or not at all."""
-        state = {
-            "run": self._identity(),
+    def state(self) -> dict[str, Any]:
+        """Return the whole state."""
+        return {
+            "run": self.identity,
             "seed": self.seed,
             "generator": self.generator.get_state(),
             "global generator": torch.get_rng_state(),
@@ -393,25 +373,25 @@ class _Run:
             "average": None if self.average is None else self.average.state_dict(),
             "optimiser": None if self.optimiser is None else self.optimiser.state_dict(),
         }
-        beside = path.with_name(path.name + ".part")
-        torch.save(state, beside)
-        beside.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        changed = [name for name, value in self._identity().items() if saved["run"].get(name) != value]
+    def load(self, saved: dict[str, Any], path: Path | None) -> None:
+        """Go on from a state that was saved."""
+        changed = [name for name, value in self.identity.items() if saved["run"].get(name) != value]
+        own = self.inner.state_dict()
+        if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in saved["flow"].items()}:
+            changed.append("layers")
         if changed:
             raise ValueError(
-                f"fit: the checkpoint {path} is that of a run with other {', '.join(changed)}. Give the same data and "
-                "settings, or another file."
+                f"fit: the checkpoint {path} is that of a run with other {', '.join(changed)}. Give the same data, the "
+                "same flow and the same settings, or another file."
             )
         self.begin(saved["seed"], initialize=False)
         self.generator.set_state(saved["generator"])
         torch.set_rng_state(saved["global generator"])
         self.history, self.lost, self.best = History(**saved["history"]), saved["lost"], saved["best"]
-        more = self.settings.seconds is None or self.settings.seconds > self.history.seconds
-        if self.history.reason == "callback" or (self.history.reason == "seconds" and more):
+        reason, seconds = self.history.reason, self.settings.seconds
+        longer = seconds is None or seconds > self.history.seconds
+        if reason == "callback" or (reason == "seconds" and longer) or (reason == "patience" and not self._is_stale()):
             self.history.reason = ""
         self.inner.load_state_dict(saved["flow"])
         if self.average is not None:

@@ -122,8 +122,41 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(averaging, tmp_pa
     # a run that is complete is only loaded
     again = pf.fit(small_flow(1), data, checkpoint=path, **settings)
     assert again.losses == whole.losses
-    with pytest.raises(ValueError, match="with other batch_size"):
-        pf.fit(small_flow(), data, checkpoint=path, **settings | {"batch_size": 16})
+    for changed, change in {
+        "batch_size": {"batch_size": 16},
+        "data": {"data": curved(200, 1)},
+        "validation": {"validation": 0.3},  # rows that were trained on would be held out
+        "layers": {"flow": flows.neural_spline_flow(2, num_layers=1, hidden_dims=[9]).double()},
+    }.items():
+        given = {"flow": small_flow(1), "data": data, "checkpoint": path, **settings} | change
+        before = {name: tensor.clone() for name, tensor in given["flow"].state_dict().items()}
+        with pytest.raises(ValueError, match=f"with other {changed}"):
+            pf.fit(**given)
+        assert same(given["flow"].state_dict(), before)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", {"weight": torch.zeros(2)}])
+def test_another_file_is_not_taken_for_a_checkpoint(content, tmp_path):
+    path = tmp_path / "other.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"other\.pt exists, but is not a checkpoint of fit"):
+        pf.fit(small_flow(), curved(50), checkpoint=path, **QUIET)
+    assert path.read_bytes() == before
+
+
+def test_more_patience_or_time_goes_on_with_a_run(tmp_path):
+    settings = {"validation": curved(200, 1), "batch_size": 20, "learning_rate": 0.05, "averaging": 0.0, **QUIET}
+
+    def run(name, **change):
+        return pf.fit(small_flow(), curved(60), checkpoint=tmp_path / name, **settings | change)
+
+    short = run("stepwise", patience=2, max_epochs=40)
+    assert short.reason == "patience"
+    long = run("stepwise", patience=6, max_epochs=40)
+    whole = run("whole", patience=6, max_epochs=40)
+    assert len(long.validation) > len(short.validation)
+    assert long.validation == whole.validation
 
 
 def test_the_seed_decides_everything():
@@ -155,10 +188,41 @@ def test_a_flow_without_parameters_is_initialised_and_scored():
     assert history.validation == [pytest.approx(score(flow, data))]
 
 
-def test_training_mode_and_global_state_are_left_as_they_were():
-    flow = small_flow().eval()
+def test_training_modes_are_left_as_they_were():
+    flow = small_flow()
+    flow.transforms[0].eval()
+    before = [module.training for module in flow.modules()]
     pf.fit(flow, curved(50), max_epochs=1, **QUIET)
-    assert not any(module.training for module in flow.modules())
+    assert [module.training for module in flow.modules()] == before
+    assert len(set(before)) == 2
+
+
+def test_no_row_is_both_trained_on_and_held_out():
+    class Seen(torch.nn.Module):
+        """A normal density that records the rows it is asked about."""
+
+        def __init__(self):
+            super().__init__()
+            self.mean = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+            self.rows = {True: set(), False: set()}
+
+        def forward(self):
+            module, normal = self, dist.Normal(self.mean, 1.0).to_event(1)
+
+            class Recorded:
+                event_shape = (2,)
+
+                def log_prob(self, value):
+                    module.rows[torch.is_grad_enabled()] |= {tuple(row) for row in value.tolist()}
+                    return normal.log_prob(value)
+
+            return Recorded()
+
+    flow, data = Seen(), curved(200)
+    pf.fit(flow, data, max_epochs=4, averaging=0.0, batch_size=18, **QUIET)
+    trained, scored = flow.rows[True], flow.rows[False]
+    assert (len(trained), len(scored)) == (180, 20)
+    assert trained | scored == {tuple(row) for row in data.tolist()}
 
 
 def test_initialize_can_be_switched_off():
@@ -206,6 +270,99 @@ def test_a_loss_that_is_never_finite_names_the_layer():
         pf.fit(flow, curved(40), validation=0, **QUIET)
 
 
+class LosesValues(pf.Diagonal):
+    """A diagonal layer whose inverse is NaN in some steps, or always: values that the base would refuse."""
+
+    def __init__(self, bad):
+        super().__init__(2)
+        self.bad, self.calls = bad, itertools.count()
+
+    def _inverse_aux(self, y):
+        x, aux = super()._inverse_aux(y)
+        lost = self.bad is None or (torch.is_grad_enabled() and next(self.calls) in self.bad)
+        return (x * math.nan if lost else x), aux
+
+
+def losing(bad):
+    base = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
+    return pf.Flow(base, [pf.orthogonal(2), LosesValues(bad), pf.diagonal(2)]).double()
+
+
+def test_values_that_the_base_would_refuse_are_skipped_and_counted():
+    flow = losing({1, 3})
+    history = pf.fit(flow, curved(100), validation=0, batch_size=50, max_epochs=3, averaging=0.0, **QUIET)
+    assert history.skipped == 2
+    assert all(p.isfinite().all() for p in flow.parameters())
+    with pytest.raises(ValueError, match="within the support"):  # validation is as it was
+        flow().log_prob(torch.full((1, 2), math.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("steps", [3, 40])
+def test_values_that_are_never_finite_name_the_layer(steps):
+    with pytest.raises(ValueError, match=rf"first {min(steps, 10)} steps.*layer 1, LosesValues\(.*the result is not"):
+        pf.fit(losing(None), curved(40), validation=0, max_epochs=steps, **QUIET)
+
+
+class NanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+def test_gradients_that_are_never_finite_name_their_parameters():
+    class Broken(pf.Diagonal):
+        def _log_det(self, x, y, aux):
+            return NanGradient.apply(super()._log_det(x, y, aux))
+
+    base = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
+    flow = pf.Flow(base, [Broken(2), pf.affine_coupling(2, [4])]).double()
+    with pytest.raises(ValueError, match=r"not the gradients of transforms\.0\.log_scale\. "):
+        pf.fit(flow, curved(40), validation=0, **QUIET)
+
+
+class Scored(torch.nn.Module):
+    """A density with one parameter, whose held-out scores are given."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.scores = iter(scores)
+
+    def forward(self):
+        module = self
+
+        class Density:
+            event_shape = (2,)
+
+            def log_prob(self, value):
+                if torch.is_grad_enabled():
+                    return -((module.weight - 1) ** 2).expand(len(value))
+                return torch.full((len(value),), -next(module.scores), dtype=torch.float64)
+
+        return Density()
+
+
+def test_a_score_that_is_not_finite_is_never_the_best():
+    flow, seen = Scored([2.0, 1.0, -math.inf, math.nan, 3.0]), []
+    history = pf.fit(
+        flow, curved(50), max_epochs=5, averaging=0.0, callback=lambda _: seen.append(flow.weight.item()), **QUIET
+    )
+    assert history.best_epoch == 1
+    assert flow.weight.item() == seen[1]
+
+
+def test_without_a_finite_score_the_start_is_kept_and_said_so():
+    flow = Scored([math.nan] * 3)
+    with pytest.warns(UserWarning, match="no score of the held-out rows was finite"):
+        history = pf.fit(flow, curved(50), max_epochs=3, averaging=0.0, **QUIET)
+    assert history.best_epoch is None
+    assert flow.weight.item() == 0.0
+
+
 def test_it_gives_up_when_no_step_is_finite_any_more():
     history = pf.fit(fragile(set(range(1, 10_000))), curved(20), validation=0, max_epochs=500, **QUIET)
     assert (history.reason, history.skipped) == ("not finite", 100)
@@ -218,6 +375,15 @@ def damaged():
     data = curved(10)
     data[3, 1], data[5, 0] = math.nan, math.inf
     return data
+
+
+def bounded_flow():
+    base = dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1)
+    return pf.Flow(base, [pf.affine_coupling(2, [4]), pf.Interval(0.0, 1.0)]).double()
+
+
+def elementwise_flow():
+    return pf.Flow(dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0), [pf.baird(2)]).double()
 
 
 @pytest.mark.parametrize(
@@ -241,6 +407,10 @@ def damaged():
         (lambda: {"learning_rate": -1.0}, "learning_rate"),
         (lambda: {"seconds": 0.0}, "seconds"),
         (lambda: {"averaging": 1.0}, "averaging must be at least 0 and below 1"),
+        (lambda: {"weight_decay": math.nan}, "weight_decay must be at least 0 and finite"),
+        (lambda: {"validation": curved(4).float()}, "the rows of validation must be torch.float64"),
+        (lambda: {"flow": bounded_flow(), "data": curved(10)}, r"must lie in the support of the flow.*of data do not"),
+        (lambda: {"flow": elementwise_flow()}, r"its batch shape is \(2,\).*base.to_event\(1\)"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -254,6 +424,14 @@ def test_bad_input(arguments, message):
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="data must be a floating point tensor"):
         pf.fit(small_flow(), torch.zeros(5, 2, dtype=torch.long), **QUIET)
+    for validation in ((), None, "0.1", curved(4).numpy()):
+        with pytest.raises(TypeError, match="validation must be a fraction, or held-out rows as tensors"):
+            pf.fit(small_flow(), curved(10), validation=validation, **QUIET)
+
+
+def test_data_with_a_graph_are_constants():
+    data = curved(50).requires_grad_() * 2
+    pf.fit(small_flow(), data, max_epochs=2, **QUIET)
 
 
 # ---------------------------------------------------------------------- optional tools
@@ -310,6 +488,15 @@ def _train_a_share(rank, path):
         checkpoint = os.path.join(path, f"checkpoint{rank}")
         results = [trained(rank, False, checkpoint), trained(rank, True)]
         torch.save(results, os.path.join(path, f"{rank}.pt"))
+        # only the first process has a checkpoint to go on from
+        _, losses, _ = trained(rank, False, checkpoint)
+        assert losses == results[0][1]
+        # the first process decides; one held-out row and batches of one row leave the other without any
+        small = {"validation": curved(1, 1), "batch_size": 1, "max_epochs": 3, **QUIET}
+        history = pf.fit(layers(), curved(4), callback=lambda h: rank == 1, **small)
+        assert (history.reason, len(history.losses)) == ("max_epochs", 12)
+        history = pf.fit(layers(), curved(4), callback=lambda h: rank == 0, **small)
+        assert (history.reason, len(history.losses)) == ("callback", 4)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -1,7 +1,8 @@
-"""The processes of ``torch.distributed``: who takes which rows, and sums over all of them."""
+"""The processes of ``torch.distributed``: who takes which rows, and what all of them agree on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,15 +21,31 @@ class Ranks:
         self.count = torch.distributed.get_world_size() if self.several else 1
 
     def share(self, values: Any) -> Any:
-        """Return this process's share of rows, or of their numbers."""
+        """Return this process's share of rows, or of their numbers; it may be empty."""
         return values[self.rank :: self.count] if self.several else values
 
-    def agreed(self, seed: Tensor) -> int:
-        """Return the first process's number."""
-        if self.several:
-            seed = seed.to(self.device)
-            torch.distributed.broadcast(seed, 0)
-        return int(seed)
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """Return, in every process, what a call in the first process returns; raise the ValueError that it raises."""
+        if not self.several:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = make()
+            except ValueError as error:
+                outcome[1] = str(error)
+        torch.distributed.broadcast_object_list(outcome, 0, device=self.device)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def first_text(self, text: str) -> str:
+        """Return the first text of all processes that is not empty."""
+        if not self.several:
+            return text
+        texts: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(texts, text)
+        return next(filter(None, texts), "")
 
     def copy_from_first(self, module: nn.Module) -> None:
         """Give every process the first one's parameters and buffers."""
