@@ -13,14 +13,13 @@ rotation around an autoregressive layer, with small and large parameters.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import zuko
-from report import Figure, shown, write
+from report import Figure, run_parts, shown
 from timing import Contestant, race
 from torch import Tensor, nn
 
@@ -198,17 +197,5 @@ PARTS: dict[str, Callable[[int], list[Figure]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/autoregressive.md"))
-    parser.add_argument("--short", action="store_true", help="few rounds")
-    parser.add_argument("--part", choices=list(PARTS), help="measure this part alone, and write no file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rounds = 3 if arguments.short else 15
-    parts = [arguments.part] if arguments.part else list(PARTS)
-    write([f for part in parts for f in PARTS[part](rounds)], None if arguments.part else arguments.output, rounds)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__.split("\n")[0], PARTS, Path("benchmarks/results/autoregressive.md"), rounds=15)

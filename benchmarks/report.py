@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from timing import Timing
 
-__all__ = ["Figure", "shown", "write"]
+__all__ = ["Figure", "run_parts", "shown", "write"]
 
 
 @dataclass
@@ -29,7 +30,7 @@ def shown(timing: Timing, name: str, reference: str, digits: int = 1) -> str:
     return f"{timing.ratio(name, reference):.{digits}f} ({low:.{digits}f} to {high:.{digits}f}); {times}"
 
 
-def write(figures: Sequence[Figure], path: Path, rounds: int = 0, about: str | None = None) -> None:
+def write(figures: Sequence[Figure], path: Path | None, rounds: int = 0, about: str | None = None) -> None:
     """Write the table as markdown, and print it; ``about`` says how it was measured, if not in rounds."""
     verdict = {True: "yes", False: "**no**", None: ""}
     in_rounds = (
@@ -47,3 +48,25 @@ def write(figures: Sequence[Figure], path: Path, rounds: int = 0, about: str | N
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def run_parts(about: str, parts: Mapping[str, Callable[[int], list[Figure]]], path: Path, rounds: int) -> None:
+    """Measure on one thread what the command line asks for, and write the report.
+
+    Args:
+        about: What the script is for.
+        parts: From a number of rounds to figures, by name.
+        path: The report, unless the command line names another one.
+        rounds: Number of rounds, unless the command line asks for few.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--output", type=Path, default=path)
+    parser.add_argument("--short", action="store_true", help="few rounds")
+    parser.add_argument("--part", choices=list(parts), help="measure this part alone, and write no file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rounds = 3 if arguments.short else rounds
+    chosen = [arguments.part] if arguments.part else list(parts)
+    figures = [figure for part in chosen for figure in parts[part](rounds)]
+    write(figures, None if arguments.part else arguments.output, rounds)

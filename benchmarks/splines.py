@@ -17,7 +17,6 @@ hidden dimensions, and beside a spline coupling with a network of the same width
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ import zuko
 from contestants import FlowContestant, _NflowsNet, set_weights
 from normflows.flows.neural_spline.coupling import PiecewiseRationalQuadraticCoupling
 from pyro.nn import DenseNN
-from report import Figure, shown, write
+from report import Figure, run_parts, shown
 from timing import Contestant, race
 from torch import Tensor, nn
 
@@ -216,6 +215,7 @@ def _sampling(contestant: FlowContestant) -> Contestant:
 
 def speed(rounds: int) -> list[Figure]:
     """Compare a training step, and sampling."""
+    check()
     flows = {name: make() for name, make in CONTESTANTS.items()}
     figures = []
     for what, contestants, least, least_zuko in (
@@ -376,19 +376,5 @@ PARTS: dict[str, Callable[[int], list[Figure]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/splines.md"))
-    parser.add_argument("--short", action="store_true", help="few rounds")
-    parser.add_argument("--part", choices=list(PARTS), help="measure this part alone, and write no file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    rounds = 3 if arguments.short else 25
-    check()
-    parts = [arguments.part] if arguments.part else list(PARTS)
-    write([f for part in parts for f in PARTS[part](rounds)], None if arguments.part else arguments.output, rounds)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__.split("\n")[0], PARTS, Path("benchmarks/results/splines.md"), rounds=25)

@@ -9,7 +9,7 @@ All flows on vectors have one recipe, here from the data to the base:
 
 Every flow starts as the Gaussian with the mean and covariance of the data. Its layers stand so that scoring data takes
 one evaluation of each network; sampling costs a few times as much in autoregressive flows, and about the same in
-couplings. ``docs/which_flow.md`` says which one to choose, with figures.
+couplings. ``docs/which_flow.md`` says which one to choose.
 """
 
 from __future__ import annotations
